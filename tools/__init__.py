@@ -1,0 +1,1 @@
+"""Command-line tools; `tools.checkpoint` is the library behind them."""
