@@ -44,7 +44,7 @@ _ROUNDER = 1.5 * 2.0**20
 class BlockFP8:
     """A quantised matrix.
 
-    codes: (rows, columns) uint8, E4M3 bit patterns. scale_inv: (ceil(rows / block[0]), ceil(columns / block[1])) float32.
+    codes: (rows, columns) uint8, E4M3 bit patterns. scale_inv: (ceil(rows / block[0]), ceil(columns / block[1])).
     """
 
     codes: Tensor
