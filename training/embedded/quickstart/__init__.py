@@ -1,0 +1,1 @@
+"""What the quickstart needs beside the recipe: text, a tokenizer, a report."""

@@ -1,0 +1,139 @@
+"""What a run tells: Megatron's log lines, TensorBoard (and W&B) scalars, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+import time
+from datetime import datetime
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+def floating_point_operations(args: argparse.Namespace, vocab_rows: int) -> float:
+    """FLOPs of one optimizer step, forward and backward (num_floating_point_operations, training.py:145 at the pin)."""
+    hidden = args.hidden_size
+    projection = args.kv_channels * args.num_attention_heads / hidden
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    attention = hidden * (1 + groups / args.num_attention_heads + args.seq_length / hidden / 2) * projection
+    layers = 12 * args.num_layers * hidden * (attention + args.ffn_hidden_size * 1.5)
+    return args.global_batch_size * args.seq_length * (layers + 6 * hidden * vocab_rows)
+
+
+class Reporter:
+    """Prints and records a run's progress. `close` flushes everything."""
+
+    def __init__(self, args: argparse.Namespace, vocab_rows: int, iteration: int) -> None:
+        self.args = args
+        self.flops = floating_point_operations(args, vocab_rows)
+        self.writer = SummaryWriter(args.tensorboard_dir) if args.tensorboard_dir else None
+        self.wandb = _wandb(args)
+        self.bar = tqdm(
+            total=args.train_iters,
+            initial=iteration,
+            unit="it",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+        self.sums: dict[str, float] = {}
+        self.since_log = 0
+        self.interval_start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print a line to stdout without tearing the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def scalars(self, values: dict[str, float], iteration: int) -> None:
+        """Record scalars under Megatron's names."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, iteration)
+        if self.wandb:
+            self.wandb.log(values, iteration)
+
+    def step(
+        self,
+        iteration: int,
+        consumed: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        extras: dict[str, float],
+    ) -> None:
+        """One training iteration (training_log, training.py:1324). extras: 'num-zeros', 'params-norm'."""
+        args = self.args
+        self.since_log += 1
+        self.sums["lm loss"] = self.sums.get("lm loss", 0.0) + loss
+        self.bar.update()
+        if iteration % args.tensorboard_log_interval == 0:
+            scalars = {
+                "lm loss": loss,
+                "learning-rate": lr,
+                "grad-norm": grad_norm,
+                "batch-size": args.global_batch_size,
+            }
+            self.scalars({**scalars, **extras}, iteration)
+        if iteration % args.log_interval:
+            return
+        seconds = (time.perf_counter() - self.interval_start) / self.since_log
+        tokens = args.global_batch_size * args.seq_length / seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,.0f} tokens/s")
+        parts = [
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{args.train_iters:8d}",
+            f"consumed samples: {consumed:12d}",
+            f"elapsed time per iteration (ms): {seconds * 1000.0:.1f}",
+        ]
+        if args.log_throughput:
+            parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.3f}")
+            self.scalars({"throughput": self.flops / seconds / 1e12, "tokens-per-second": tokens}, iteration)
+        parts += [f"learning rate: {lr:.6E}", f"global batch size: {args.global_batch_size:5d}"]
+        parts += [f"{name}: {total / self.since_log:.6E}" for name, total in self.sums.items()]
+        parts += ["loss scale: 1.0", f"grad norm: {grad_norm:.3f}"]
+        parts += [
+            f"{name.replace('-', ' ')}: {value if isinstance(value, int) else round(value, 3)}"
+            for name, value in extras.items()
+        ]
+        parts += ["number of skipped iterations:   0", "number of nan iterations:   0"]
+        self.say(" | ".join(parts) + " |")
+        self.sums, self.since_log, self.interval_start = {}, 0, time.perf_counter()
+
+    def evaluation(self, prefix: str, split: str, loss: float, iteration: int) -> None:
+        """A held-out loss (evaluate_and_print_results, training.py:2467). split: 'validation' or 'test'."""
+        self.scalars({f"lm loss {split}": loss}, iteration)
+        text = (
+            f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
+        )
+        rule = "-" * (len(text) + 1)
+        self.say(f"{rule}\n{text}\n{rule}")
+        self.interval_start = time.perf_counter()  # evaluation is not training time
+
+    def flush(self) -> None:
+        """Put the scalars on disk: called before a checkpoint counts, so that a killed run loses none of them."""
+        if self.writer:
+            self.writer.flush()
+        self.interval_start = time.perf_counter()
+
+    def close(self) -> None:
+        """Flush and end the run's records."""
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _wandb(args: argparse.Namespace):
+    """A W&B run where --wandb-project asks for one and the package is installed."""
+    if not args.wandb_project:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        print(f"--wandb-project {args.wandb_project}: wandb is not installed here, nothing is sent to it")
+        return None
+    import wandb
+
+    return wandb.init(project=args.wandb_project, name=args.wandb_exp_name or None, dir=args.wandb_save_dir or None)
