@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# Print a command, or run it and judge its end.
+#
+# In: COMMAND (everything from `env VAR=value ...` on) ENGINE OUT_DIR SAVE_DIR START TRAIN_ITERS NNODES
+
+# print_command: one flag per line, quoted so that it can be pasted.
+print_command() {
+  local word
+  printf '%q' "${COMMAND[0]}"
+  for word in "${COMMAND[@]:1}"; do
+    if [[ $word == --* ]]; then printf ' \\\n  %q' "$word"; else printf ' %q' "$word"; fi
+  done
+  printf '\n'
+}
+
+# lock_run ARG...: one run per OUT_DIR. The trainer inherits the lock, so that it also stands for a trainer whose
+# launcher was killed. After a wait the launcher starts over, as the checkpoints have changed.
+lock_run() {
+  mkdir -p "$OUT_DIR"
+  ((NNODES == 1)) || return 0  # every node of a run enters the same directory
+  [[ -n $(command -v flock) ]] || { warn 'flock: not found; a second launch of this run would not be noticed' && return; }
+  exec 9>"$OUT_DIR/.lock"
+  ! flock --nonblock 9 || return 0
+  printf 'another run is using %s; waiting for it to end\n' "$OUT_DIR" >&2
+  flock 9
+  exec "$BASH" "$0" "$@"
+}
+
+# children PID: read from /proc, as containers often lack pgrep.
+children() {
+  local file fields parent
+  for file in /proc/[0-9]*/stat; do
+    read -r fields <"$file" || continue
+    read -r _ parent _ <<<"${fields##*) }"  # "state parent ..." follows the name, which may hold spaces
+    [[ $parent != "$1" ]] || printf '%s\n' "${file//[!0-9]/}"
+  done 2>/dev/null
+}
+
+# stop_child SIGNAL STATUS: SIGTERM makes the engine save and leave (--exit-signal-handler). torchrun would kill
+# its workers 30 s after its own SIGTERM, too early for a 7B checkpoint, so its workers are told instead.
+stop_child() {
+  local targets=()
+  STOPPED=$2
+  printf '%s: asking the trainer to save and stop\n' "$1" >&2
+  [[ $ENGINE != megatron ]] || mapfile -t targets < <(children "$CHILD")
+  kill -TERM "${targets[@]:-$CHILD}" 2>/dev/null || true
+}
+
+# run_child LOG: runs COMMAND, shows and logs its output; sets STATUS, and STOPPED to 128 + signal if told to stop.
+run_child() {
+  local tee_pid log_fd
+  STOPPED=0 INTERRUPTED=0
+  exec {log_fd}> >(exec tee -aip "$1")
+  tee_pid=$!
+  trap 'INTERRUPTED=1; stop_child SIGHUP 129' HUP
+  trap 'INTERRUPTED=1; stop_child SIGINT 130' INT
+  trap 'INTERRUPTED=1; stop_child SIGTERM 143' TERM
+  # A process group of its own: Ctrl-C reaches the trainer once, through the trap, as the signal that saves.
+  set -m
+  "${COMMAND[@]}" >&"$log_fd" 2>&1 {log_fd}>&- &
+  CHILD=$!
+  set +m
+  exec {log_fd}>&-
+  while INTERRUPTED=0 STATUS=0; do
+    wait "$CHILD" || STATUS=$?
+    ((INTERRUPTED)) || break
+  done
+  for _ in {1..50}; do  # the last lines; not for ever, as a daemon the trainer left may hold the pipe
+    kill -0 "$tee_pid" 2>/dev/null || break
+    sleep 0.1
+  done
+}
+
+# judge_run LOG: success is status 0 and the tracker at its target. All else says what to do and exits with 75
+# (time slice over), 128 + signal, or the trainer's own status.
+judge_run() {
+  local reached
+  read_tracker "$SAVE_DIR"
+  reached="iteration ${TRACKER:=0} of $TRAIN_ITERS"
+  local again="run the same command again to continue"
+  if ((STATUS == 0 && TRACKER >= TRAIN_ITERS)); then
+    printf 'done: %s, checkpoints in %s\n' "$reached" "$SAVE_DIR" >&2
+  elif ((STOPPED)); then
+    printf 'stopped: saved at %s; %s\n' "$reached" "$again" >&2 && exit "$STOPPED"
+  elif ((STATUS == 0 && TRACKER > START)); then
+    printf 'time slice over: saved at %s; %s\n' "$reached" "$again" >&2 && exit 75
+  elif ((STATUS == 0)); then
+    die "the trainer exited with status 0 but saved nothing new (at $reached); see $1"
+  else
+    printf 'error: the trainer failed with status %s (saved at %s); see %s, then %s\n' \
+      "$STATUS" "$reached" "$1" "$again" >&2 && exit "$STATUS"
+  fi
+}

@@ -1,0 +1,41 @@
+# shellcheck shell=bash
+# The project's Python environment, .venv in the repository root. Sourced after REPO is set.
+
+readonly VENV="${REPO}/.venv"
+
+# require_python PROGRAM: a Python that the pins resolve on, with venv.
+require_python() {
+  local version
+  command -v "$1" >/dev/null || die "${1}: not found; install Python 3.10, 3.11 or 3.12, or set PYTHON"
+  version="$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" || die "${1}: does not run"
+  case "${version}" in
+    3.10 | 3.11 | 3.12) ;;
+    *) die "${1}: expected Python 3.10, 3.11 or 3.12, found ${version}; set PYTHON" ;;
+  esac
+  "$1" -c 'import ensurepip, venv' 2>/dev/null \
+    || die "${1}: has no venv module; on Debian and Ubuntu: apt-get install python${version}-venv"
+}
+
+# ensure_venv REQUIREMENTS_FILE: .venv holds exactly what the file pins. A stamp with the file's checksum makes the next
+# call immediate; an installation that was cut off has no stamp and is made anew.
+ensure_venv() {
+  local requirements="$1" stamp checksum torch
+  stamp="${VENV}/.$(basename "${requirements}").installed"
+  checksum="$(cd "${REPO}" && cat requirements.txt "${requirements}" | cksum)"
+  [[ -f ${stamp} && $(<"${stamp}") == "${checksum}" ]] && return
+  local python="${PYTHON:-python3}"
+  require_python "${python}"
+  if ! compgen -G "${VENV}/.*.installed" >/dev/null; then
+    echo "creating ${VENV} with $("${python}" --version)"
+    "${python}" -m venv --clear "${VENV}"
+  fi
+  rm -f "${VENV}"/.*.installed
+  local pip=("${VENV}/bin/python" -m pip install --disable-pip-version-check --quiet)
+  if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+    torch="$(grep '^torch==' "${REPO}/requirements.txt")"
+    "${pip[@]}" --index-url "${TORCH_INDEX_URL}" "${torch%% *}"
+  fi
+  echo "installing $(basename "${requirements}") into .venv; the first time takes minutes"
+  "${pip[@]}" -r "${REPO}/${requirements}"
+  echo "${checksum}" >"${stamp}"
+}

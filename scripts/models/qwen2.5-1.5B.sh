@@ -1,0 +1,10 @@
+# shellcheck shell=bash disable=SC2034
+# Qwen2.5-1.5B. Source of the numbers: config.json of Qwen/Qwen2.5-1.5B. Embeddings are tied.
+# 1187 = 151936 / 128: the 151665 tokens are padded to the 151936 rows of the HF weights for TP 1 and 2.
+MODEL_ARGS=(
+  --num-layers 28 --hidden-size 1536 --ffn-hidden-size 8960 --num-attention-heads 12
+  --group-query-attention --num-query-groups 2
+  --swiglu --add-qkv-bias --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
+  --position-embedding-type rope --rotary-base 1000000 --max-position-embeddings 32768
+  --make-vocab-size-divisible-by 1187
+)
