@@ -93,7 +93,7 @@ finished() {
   case "$1" in
     cpt_*) return 1 ;;
     install) ensure_venv requirements.txt ;;
-    report) [[ -e ${result} && ! ${OUT}/cpt_fp8/checkpoints/${TRACKER} -nt ${result} && ! ${OUT}/cpt_bf16/checkpoints/${TRACKER} -nt ${result} ]] ;;
+    report) [[ -e ${result} && ! ${OUT}/cpt_fp8/checkpoints/latest_checkpointed_iteration.txt -nt ${result} && ! ${OUT}/cpt_bf16/checkpoints/latest_checkpointed_iteration.txt -nt ${result} ]] ;;
     *) [[ -e ${result} ]] ;;
   esac
 }

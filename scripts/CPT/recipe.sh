@@ -35,10 +35,7 @@ RUN_NAME=$(basename "$0" .sh)
 OUT_DIR=$(absolute "${OUT_DIR:-$REPO/exp/$RUN_NAME}")
 : "${DATA_PATH:=$REPO/data/cpt_text_document}" "${DATA_CACHE_PATH:=$OUT_DIR/data_cache}"
 : "${TOKENIZER_MODEL:=$REPO/models/$MODEL}" "${INIT_CHECKPOINT=$REPO/models/${MODEL}_torch_dist}"
-if [[ -z ${PYTHON-} ]]; then
-  PYTHON=$REPO/.venv/bin/python
-  [[ -x $PYTHON ]] || PYTHON=python3
-fi
+default_python
 
 parse_cli "$@"
 one_of ENGINE megatron embedded

@@ -16,6 +16,13 @@ absolute() {
   printf '%s\n' "$path"
 }
 
+# default_python: PYTHON is the project's own environment where there is one.
+default_python() {
+  [[ -z ${PYTHON-} ]] || return 0
+  PYTHON=$REPO/.venv/bin/python
+  [[ -x $PYTHON ]] || PYTHON=python3
+}
+
 # last_value FLAG DEFAULT ARG...: what argparse keeps, from the last `--flag v` or `--flag=v`.
 last_value() {
   local flag=$1 value=$2 previous='' arg

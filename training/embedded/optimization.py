@@ -163,8 +163,9 @@ def _undecayed(name: str, parameter: Tensor) -> bool:
 
 
 def _move_grad_to_main(parameter: Tensor) -> None:
-    parameter.main_grad += parameter.grad
-    parameter.grad = None
+    if parameter.grad is not None:  # a linear layer has added its own already
+        parameter.main_grad += parameter.grad
+        parameter.grad = None
 
 
 def _l2_norm(tensors: list[Tensor]) -> float:

@@ -122,7 +122,7 @@ def write(args: argparse.Namespace) -> str:
         for prefix in partial.values():
             for suffix in (".bin", ".idx"):
                 Path(prefix + suffix).unlink(missing_ok=True)
-    return f"{', '.join(final.values())}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
+    return f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
 
 
 if __name__ == "__main__":

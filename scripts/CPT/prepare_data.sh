@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Turn jsonl, one {"text": ...} a line, into the .bin/.idx pair that pre-training reads.
+set -euo pipefail
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$REPO/scripts/lib/cli.sh"
+source "$REPO/scripts/lib/checks.sh"
+source "$REPO/scripts/lib/launch.sh"
+
+usage() {
+  cat <<EOF
+usage: bash scripts/CPT/prepare_data.sh --input FILE --output-prefix PREFIX [options] [more flags of preprocess_data.py]
+
+Writes PREFIX_text_document.bin and .idx, every document ended by the tokenizer's end-of-text token. Both appear when
+they are complete, the index last; a pair that is there is left alone. DATA_PATH of a recipe is PREFIX_text_document.
+
+  --input FILE            jsonl, one {"text": ...} a line
+  --output-prefix PREFIX  where to write
+  --tokenizer DIR         HuggingFace tokenizer (TOKENIZER_MODEL; here: $TOKENIZER_MODEL)
+  --workers N             parallel tokenisers (WORKERS; here: $WORKERS)
+  --engine NAME           megatron: the pinned tools/preprocess_data.py | embedded: the same bytes from PyPI packages
+                          alone (ENGINE; here: $ENGINE)
+  --dry-run               print the exact command, change nothing
+  --help
+EOF
+}
+
+: "${ENGINE:=megatron}" "${TOKENIZER_MODEL:=$REPO/models/qwen2.5-7B}" "${WORKERS:=$(nproc)}"
+default_python
+
+# parse_options ARG...: own options become INPUT, PREFIX, ...; everything else goes to EXTRA_ARGS.
+parse_options() {
+  INPUT='' PREFIX='' DRY_RUN=0 EXTRA_ARGS=()
+  while (($#)); do
+    case $1 in
+      --input | --output-prefix | --tokenizer | --workers | --engine)
+        [[ -n ${2-} && $2 != --* ]] || die "$1: expected a value, found '${2-}'"
+        case $1 in
+          --input) INPUT=$2 ;;
+          --output-prefix) PREFIX=$2 ;;
+          --tokenizer) TOKENIZER_MODEL=$2 ;;
+          --workers) WORKERS=$2 ;;
+          --engine) ENGINE=$2 ;;
+        esac
+        shift
+        ;;
+      --input=* | --output-prefix=* | --tokenizer=* | --workers=* | --engine=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        continue
+        ;;
+      --dry-run) DRY_RUN=1 ;;
+      -h | --help) usage && exit ;;
+      *) EXTRA_ARGS+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+parse_options "$@"
+[[ -n $INPUT ]] || die '--input: expected a jsonl file, found nothing'
+[[ -n $PREFIX ]] || die '--output-prefix: expected a path, found nothing'
+one_of ENGINE megatron embedded
+positive WORKERS
+PREFIX=$(absolute "$PREFIX")
+RESULT=${PREFIX}_text_document
+if [[ -f $RESULT.idx && -f $RESULT.bin ]]; then
+  printf 'nothing to do: %s.{bin,idx} are there\n' "$RESULT" >&2
+  exit
+fi
+[[ -f $INPUT ]] || missing "--input: $INPUT not found"
+check_tokenizer "$TOKENIZER_MODEL"
+[[ $ENGINE == embedded ]] || check_submodule Megatron-LM tools/preprocess_data.py
+
+# A prefix of its own, so that a conversion that is cut off leaves nothing that looks like data.
+PARTIAL=$(dirname "$PREFIX")/.$(basename "$PREFIX").partial
+FLAGS=(
+  --input "$INPUT" --output-prefix "$PARTIAL" --json-keys text --append-eod
+  --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL"
+  --workers "$WORKERS" "${EXTRA_ARGS[@]}"
+)
+if [[ $ENGINE == embedded ]]; then
+  COMMAND=("$PYTHON" "$REPO/training/embedded/preprocess_data.py" "${FLAGS[@]}")
+else
+  COMMAND=(
+    env "PYTHONPATH=$REPO/training/Megatron-LM${PYTHONPATH:+:$PYTHONPATH}"
+    "$PYTHON" "$REPO/training/Megatron-LM/tools/preprocess_data.py" "${FLAGS[@]}"
+  )
+fi
+if ((DRY_RUN)); then
+  print_command
+  exit
+fi
+
+mkdir -p "$(dirname "$PREFIX")"
+trap 'rm -f "$PARTIAL"_text_document.{bin,idx}' EXIT
+"${COMMAND[@]}" || die "--input $INPUT: not converted, see above; nothing was written"
+[[ -s ${PARTIAL}_text_document.idx ]] || die "--input $INPUT: the converter left no index; nothing was written"
+mv "${PARTIAL}_text_document.bin" "$RESULT.bin"
+mv "${PARTIAL}_text_document.idx" "$RESULT.idx"
+printf 'DATA_PATH=%q\n' "$RESULT"
