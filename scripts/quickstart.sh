@@ -8,6 +8,8 @@ readonly REPO
 source "${REPO}/scripts/lib/cli.sh"
 # shellcheck source=scripts/lib/venv.sh
 source "${REPO}/scripts/lib/venv.sh"
+# shellcheck source=scripts/lib/launch.sh
+source "${REPO}/scripts/lib/launch.sh"
 # shellcheck source=scripts/models/qwen2.5-tiny.sh
 source "${REPO}/scripts/models/qwen2.5-tiny.sh"
 
@@ -30,7 +32,7 @@ where it stopped, and does nothing when all is done.
   --list          name the stages
   --from STAGE    start at STAGE
   --only STAGE    run only STAGE
-  --again         throw away the results of the chosen stages first
+  --again         first throw away the results of the chosen stages and of those that follow
   --dry-run       print the commands of the chosen stages and run nothing
   --help          this text
 
@@ -86,7 +88,7 @@ run() {
   fi
 }
 
-# finished STAGE: its result is there and none of what it is made from is newer.
+# finished STAGE: nothing is left to do for it. Results appear whole, so one that is there is complete.
 finished() {
   local result
   result="$("result_$1")"
@@ -99,7 +101,7 @@ finished() {
 }
 
 main() {
-  local from="" only="" again=0 chosen=() stage seconds number=0
+  local from="" only="" again=0 reached=0 chosen=() stage seconds number=0 arguments=("$@")
   DRY_RUN=0
   while (($#)); do
     case "$1" in
@@ -126,13 +128,17 @@ main() {
   if [[ ${DRY_RUN} == 0 ]]; then
     mkdir -p "${OUT}"
     OUT="$(cd "${OUT}" && pwd)"
+    hold_lock "${OUT}/.lock" ${arguments[@]+"${arguments[@]}"}
+  fi
+  if [[ ${DRY_RUN} == 0 && ${again} == 1 ]]; then
+    for stage in "${STAGES[@]}"; do
+      [[ ${stage} != "${chosen[0]}" ]] || reached=1
+      [[ ${reached} == 0 || ${stage} == install ]] || rm -rf "$("result_${stage}")"
+    done
   fi
   for stage in "${chosen[@]}"; do
     number=$((number + 1))
     seconds=${SECONDS}
-    if [[ ${DRY_RUN} == 0 && ${again} == 1 && ${stage} != install ]]; then
-      rm -rf "$("result_${stage}")"
-    fi
     if [[ ${DRY_RUN} == 0 ]] && finished "${stage}"; then
       echo "== ${number}/${#chosen[@]} ${stage}: done before"
       continue

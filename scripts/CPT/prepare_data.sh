@@ -91,7 +91,7 @@ if ((DRY_RUN)); then
   exit
 fi
 
-mkdir -p "$(dirname "$PREFIX")"
+hold_lock "$PARTIAL.lock" "$@"
 trap 'rm -f "$PARTIAL"_text_document.{bin,idx}' EXIT
 "${COMMAND[@]}" || die "--input $INPUT: not converted, see above; nothing was written"
 [[ -s ${PARTIAL}_text_document.idx ]] || die "--input $INPUT: the converter left no index; nothing was written"

@@ -191,7 +191,8 @@ if ((DRY_RUN)); then
   exit
 fi
 
-lock_run "$@"
+# Every node of a run enters the same directory.
+((NNODES > 1)) || hold_lock "$OUT_DIR/.lock" "$@"
 LOG=$OUT_DIR/logs/train_node${NODE_RANK:-$( ((NNODES == 1)) && echo 0 || echo "$HOSTNAME")}.log
 mkdir -p "$SAVE_DIR" "$OUT_DIR/logs"
 if [[ -n $DECAY_START ]]; then

@@ -13,17 +13,16 @@ print_command() {
   printf '\n'
 }
 
-# lock_run ARG...: one run per OUT_DIR. The trainer inherits the lock, so that it also stands for a trainer whose
-# launcher was killed. After a wait the launcher starts over, as the checkpoints have changed.
-lock_run() {
-  mkdir -p "$OUT_DIR"
-  ((NNODES == 1)) || return 0  # every node of a run enters the same directory
-  [[ -n $(command -v flock) ]] || { warn 'flock: not found; a second launch of this run would not be noticed' && return; }
-  exec 9>"$OUT_DIR/.lock"
-  ! flock --nonblock 9 || return 0
-  printf 'another run is using %s; waiting for it to end\n' "$OUT_DIR" >&2
-  flock 9
-  exec "$BASH" "$0" "$@"
+# hold_lock FILE ARG...: one run at a time. Children inherit the lock, so that it also stands for a child whose parent
+# was killed. After a wait the script starts over with ARG..., as what is on disk has changed.
+hold_lock() {
+  mkdir -p "$(dirname "$1")"
+  [[ -n $(command -v flock) ]] || { warn 'flock: not found; a second run of this would not be noticed' && return; }
+  exec {LOCK_FD}>"$1"
+  ! flock --nonblock "$LOCK_FD" || return 0
+  printf 'another run is using %s; waiting for it to end\n' "$(dirname "$1")" >&2
+  flock "$LOCK_FD"
+  exec "$BASH" "$0" "${@:2}"
 }
 
 # children PID: read from /proc, as containers often lack pgrep.
@@ -47,8 +46,9 @@ stop_child() {
 }
 
 # run_child LOG: runs COMMAND, shows and logs its output; sets STATUS, and STOPPED to 128 + signal if told to stop.
+# On a terminal the embedded engine draws a progress bar (PROGRESS_FD) in place of its log lines.
 run_child() {
-  local tee_pid log_fd
+  local tee_pid log_fd out_fd progress_fd progress=()
   STOPPED=0 INTERRUPTED=0
   exec {log_fd}> >(exec tee -aip "$1")
   tee_pid=$!
@@ -57,10 +57,16 @@ run_child() {
   trap 'INTERRUPTED=1; stop_child SIGTERM 143' TERM
   # A process group of its own: Ctrl-C reaches the trainer once, through the trap, as the signal that saves.
   set -m
-  "${COMMAND[@]}" >&"$log_fd" 2>&1 {log_fd}>&- &
+  if [[ $ENGINE == embedded && -t 2 ]]; then
+    exec {out_fd}>>"$1" {progress_fd}>&2
+    progress=(env "PROGRESS_FD=$progress_fd")
+  else
+    exec {out_fd}>&"$log_fd"
+  fi
+  "${progress[@]}" "${COMMAND[@]}" >&"$out_fd" 2>&"$log_fd" {log_fd}>&- {out_fd}>&- &
   CHILD=$!
   set +m
-  exec {log_fd}>&-
+  exec {log_fd}>&- {out_fd}>&-
   while INTERRUPTED=0 STATUS=0; do
     wait "$CHILD" || STATUS=$?
     ((INTERRUPTED)) || break

@@ -3,8 +3,7 @@
     <root>/latest_checkpointed_iteration.txt     "4" or "release"
     <root>/iter_0000004/ or <root>/release/
         metadata.json      names the format
-        .metadata          pickle of torch.distributed.checkpoint's Metadata: every tensor's dtype, shape and
-        chunks,
+        .metadata          pickle of torch.distributed.checkpoint's Metadata: every tensor's dtype, shape and chunks,
                            and for each chunk the file and byte range that hold it
         __<rank>_<i>.distcp   the chunks, one torch.save archive after another
         common.pt          torch.save archive: args, iteration and whatever is not sharded

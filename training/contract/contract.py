@@ -196,9 +196,7 @@ def _unknown(contract: Contract, flag: str) -> str:
     return f"{contract.project} does not know this flag{hint}"
 
 
-def parse(
-    contract: Contract, argv: Sequence[str]
-) -> tuple[argparse.Namespace, dict[str, str], list[Problem]]:
+def parse(contract: Contract, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str], list[Problem]]:
     """Parse argv as the pinned program does: no abbreviations, last one wins, append accumulates.
 
     Returns the namespace with every default by dest, `seen` (dest -> the option string that set it last)

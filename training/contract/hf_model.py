@@ -151,9 +151,7 @@ def check(setup: Setup, config: dict[str, Any], name: str) -> list[Problem]:
         if wanted is not None and found != wanted
     ]
     problems += [
-        Problem("error", flag, message, name)
-        for holds, flag, message in _switches(setup, config)
-        if not holds
+        Problem("error", flag, message, name) for holds, flag, message in _switches(setup, config) if not holds
     ]
     longest = config.get("max_position_embeddings")
     if longest is not None and setup.seq > longest:

@@ -49,18 +49,14 @@ TABLE: tuple[Inert, ...] = (
     Inert(("--use-dist-ckpt",), "is deprecated, --ckpt-format decides", f"{ARGUMENTS}:1030"),
     Inert(("--dist-ckpt-format",), "is deprecated, --ckpt-format decides", f"{ARGUMENTS}:1033"),
     Inert(("--ckpt-fully-parallel-save",), "is deprecated, it is the default", f"{ARGUMENTS}:1018"),
-    Inert(
-        ("--no-async-tensor-model-parallel-allreduce",), "is deprecated and ignored", f"{ARGUMENTS}:1989"
-    ),
+    Inert(("--no-async-tensor-model-parallel-allreduce",), "is deprecated and ignored", f"{ARGUMENTS}:1989"),
     Inert(("--fp8-interval",), "is deprecated and ignored", f"{ARGUMENTS}:1233"),
     Inert(
         ("--use-rotary-position-embeddings",),
         "is deprecated, use --position-embedding-type rope",
         f"{ARGUMENTS}:1448",
     ),
-    Inert(
-        ("--no-position-embedding",), "is deprecated, use --position-embedding-type", f"{ARGUMENTS}:1472"
-    ),
+    Inert(("--no-position-embedding",), "is deprecated, use --position-embedding-type", f"{ARGUMENTS}:1472"),
     Inert(
         ("--moe-layer-recompute",),
         "is deprecated, use --recompute-granularity selective --recompute-modules moe",
@@ -108,10 +104,11 @@ TABLE: tuple[Inert, ...] = (
         ("--use-precision-aware-optimizer",),
         "changes nothing with FP32 states and an FP8 recipe other than delayed",
         f"{OPTIMIZER}:199",
-        lambda s: s.fp8_recipe != "delayed"
-        and not s.optimizer_cpu_offload
-        and {s.main_params_dtype, s.main_grads_dtype, s.exp_avg_dtype, s.exp_avg_sq_dtype}
-        == {"fp32"},
+        lambda s: (
+            s.fp8_recipe != "delayed"
+            and not s.optimizer_cpu_offload
+            and {s.main_params_dtype, s.main_grads_dtype, s.exp_avg_dtype, s.exp_avg_sq_dtype} == {"fp32"}
+        ),
     ),
     # parts of something that is off
     Inert(
@@ -213,10 +210,10 @@ FOREIGN_EXEMPT = {"retro_project_dir", "retro_add_retriever"}  # switch Retro on
 
 
 def check(contract: Contract, argv: Sequence[str], setup: Setup, strict: bool = False) -> list[Problem]:
-    """Deprecated and inert flags in argv, each once, and flags given twice with the same value.
+    """Deprecated and inert flags in argv, each once.
 
-    They are warnings (a user may pass any flag through), errors with `strict` (a recipe may not).
-    A removed flag is always an error.
+    They are warnings (a user may pass any flag through), errors with `strict` (a recipe may not), and so is a flag
+    given twice with the same value. A removed flag is always an error.
     """
     level = "error" if strict else "warning"
     given = [(flag_of(piece), _values(piece)) for piece in split(contract, argv)]
@@ -235,7 +232,8 @@ def check(contract: Contract, argv: Sequence[str], setup: Setup, strict: bool = 
             reason = f"belongs to {FOREIGN_GROUPS[option['group']]}, a GPT run ignores it"
             problems.append(Problem(level, flag, reason, contract.source))
         values = [value for name, value in given if name == flag]
-        if option["action"] != "append" and len(values) > len({tuple(value) for value in values}):
+        # Not a warning: a launcher that is given a flag has put its value into its own arrays, too.
+        if strict and option["action"] != "append" and len(values) > len({tuple(value) for value in values}):
             problems.append(Problem(level, flag, "is given twice with the same value", contract.source))
     return problems
 

@@ -68,9 +68,7 @@ def _dest(flag: str) -> str:
     return flag[2:].replace("-", "_")
 
 
-def needs(
-    flag: str, what: str, source: str, when: Condition | None = None, given: Condition | None = None
-) -> None:
+def needs(flag: str, what: str, source: str, when: Condition | None = None, given: Condition | None = None) -> None:
     """Enter the rule "`flag` needs `what`": broken where `when` holds and `given` does not.
 
     By default `when` is that the flag is set, and `what` is a flag and `given` that this one is set.
@@ -151,8 +149,11 @@ def world_size_divisible(s: Setup) -> str | None:
 
 
 needs(
-    "--attention-backend", "--spec local for the backend 'local'", f"{ARGUMENTS}:366",
-    when=lambda s: s.attention_backend == "local", given=lambda s: (s.spec or [""])[0] == "local",
+    "--attention-backend",
+    "--spec local for the backend 'local'",
+    f"{ARGUMENTS}:366",
+    when=lambda s: s.attention_backend == "local",
+    given=lambda s: (s.spec or [""])[0] == "local",
 )
 
 
@@ -165,7 +166,9 @@ def hierarchical_product(s: Setup) -> str | None:
 
 
 needs(
-    "--cp-comm-type", "--hierarchical-context-parallel-sizes for a2a+p2p", f"{ARGUMENTS}:392",
+    "--cp-comm-type",
+    "--hierarchical-context-parallel-sizes for a2a+p2p",
+    f"{ARGUMENTS}:392",
     when=lambda s: "a2a+p2p" in s.cp_comm_type,
     given=lambda s: s.hierarchical_context_parallel_sizes is not None,
 )
@@ -176,10 +179,7 @@ def batch_divisible(s: Setup) -> str | None:
     step = s.micro_batch_size * s.dp
     if s.global_batch % step == 0 or s.decrease_batch_size_if_needed:
         return None
-    return (
-        f"{s.global_batch} is not a multiple of micro batch {s.micro_batch_size} x data parallel {s.dp}"
-        f" = {step}"
-    )
+    return f"{s.global_batch} is not a multiple of micro batch {s.micro_batch_size} x data parallel {s.dp} = {step}"
 
 
 @rule("--num-attention-heads", f"{TRANSFORMER}:681")
@@ -266,19 +266,25 @@ def interleaving_needs_pipeline(s: Setup) -> str | None:
 
 
 needs(
-    "--overlap-param-gather", "--use-distributed-optimizer", f"{ARGUMENTS}:560",
+    "--overlap-param-gather",
+    "--use-distributed-optimizer",
+    f"{ARGUMENTS}:560",
     given=lambda s: s.use_distributed_optimizer or s.use_megatron_fsdp,
 )
 needs("--overlap-param-gather", "--overlap-grad-reduce", f"{ARGUMENTS}:562")
 needs("--overlap-param-gather-with-optimizer-step", "--use-distributed-optimizer", f"{ARGUMENTS}:596")
 needs("--overlap-param-gather-with-optimizer-step", "--overlap-param-gather", f"{ARGUMENTS}:598")
 clash(
-    "--overlap-param-gather-with-optimizer-step", "a distributed checkpoint format", f"{ARGUMENTS}:602",
+    "--overlap-param-gather-with-optimizer-step",
+    "a distributed checkpoint format",
+    f"{ARGUMENTS}:602",
     lambda s: s.overlap_param_gather_with_optimizer_step and s.dist_checkpoint,
 )
 clash("--use-torch-fsdp2", "--use-distributed-optimizer", f"{ARGUMENTS}:574")
 needs(
-    "--use-megatron-fsdp", "--ckpt-format fsdp_dtensor", f"{ARGUMENTS}:638",
+    "--use-megatron-fsdp",
+    "--ckpt-format fsdp_dtensor",
+    f"{ARGUMENTS}:638",
     given=lambda s: s.ckpt_format == "fsdp_dtensor",
 )
 
@@ -297,32 +303,46 @@ def sequence_per_rank(s: Setup) -> str | None:
 
 
 needs(
-    "--tp-comm-overlap", "--sequence-parallel (and tensor parallelism)", f"{ARGUMENTS}:845",
+    "--tp-comm-overlap",
+    "--sequence-parallel (and tensor parallelism)",
+    f"{ARGUMENTS}:845",
     given=lambda s: s.sequence_split,
 )
 needs(
-    "--expert-model-parallel-size", "--num-experts", f"{ARGUMENTS}:952",
+    "--expert-model-parallel-size",
+    "--num-experts",
+    f"{ARGUMENTS}:952",
     when=lambda s: s.expert_model_parallel_size > 1,
 )
 needs(
-    "--moe-ffn-hidden-size", "--num-experts", f"{TRANSFORMER}:750",
+    "--moe-ffn-hidden-size",
+    "--num-experts",
+    f"{TRANSFORMER}:750",
     when=lambda s: s.moe_ffn_hidden_size is not None,
 )
 needs(
-    "--defer-embedding-wgrad-compute", "--pipeline-model-parallel-size > 1", f"{PARALLEL}:373",
+    "--defer-embedding-wgrad-compute",
+    "--pipeline-model-parallel-size > 1",
+    f"{PARALLEL}:373",
     given=lambda s: s.pp > 1,
 )
 clash(
-    "--defer-embedding-wgrad-compute", "--no-gradient-accumulation-fusion", f"{PARALLEL}:378",
+    "--defer-embedding-wgrad-compute",
+    "--no-gradient-accumulation-fusion",
+    f"{PARALLEL}:378",
     lambda s: s.defer_embedding_wgrad_compute and not s.gradient_accumulation_fusion,
 )
 needs(
-    "--context-parallel-size", "--transformer-impl transformer_engine",
-    "megatron/core/transformer/dot_product_attention.py:52", when=lambda s: s.cp > 1,
+    "--context-parallel-size",
+    "--transformer-impl transformer_engine",
+    "megatron/core/transformer/dot_product_attention.py:52",
+    when=lambda s: s.cp > 1,
     given=lambda s: s.transformer_impl == "transformer_engine",
 )
 clash(
-    "--ddp-num-buckets", "--ddp-bucket-size", f"{TRAINING}:930",
+    "--ddp-num-buckets",
+    "--ddp-bucket-size",
+    f"{TRAINING}:930",
     lambda s: s.ddp_num_buckets is not None and s.ddp_bucket_size is not None,
 )
 
@@ -337,12 +357,16 @@ def bucket_count(s: Setup) -> str | None:
 
 clash("--bf16", "--fp16", f"{ARGUMENTS}:644")
 needs(
-    "--fp8-param-gather", "--use-distributed-optimizer", f"{ARGUMENTS}:616",
+    "--fp8-param-gather",
+    "--use-distributed-optimizer",
+    f"{ARGUMENTS}:616",
     given=lambda s: s.use_distributed_optimizer or s.use_torch_fsdp2 or s.use_megatron_fsdp,
 )
 needs("--fp8-param-gather", "--fp8-format", f"{TRANSFORMER}:733", given=lambda s: s.fp8)
 clash(
-    "--first-last-layers-bf16", "--fp8-recipe delayed", f"{TRANSFORMER}:704",
+    "--first-last-layers-bf16",
+    "--fp8-recipe delayed",
+    f"{TRANSFORMER}:704",
     lambda s: s.fp8 and s.first_last_layers_bf16 and s.fp8_recipe == "delayed",
 )
 
@@ -364,12 +388,16 @@ def bf16_layers_at_end(s: Setup) -> str | None:
 
 
 needs(
-    "--reuse-grad-buf-for-mxfp8-param-ag", "--fp8-param-gather",
+    "--reuse-grad-buf-for-mxfp8-param-ag",
+    "--fp8-param-gather",
     "megatron/core/distributed/distributed_data_parallel_config.py:143",
 )
 needs(
-    "--fp8-format", "--transformer-impl transformer_engine", "megatron/core/fp8_utils.py:443",
-    when=lambda s: s.fp8, given=lambda s: s.transformer_impl == "transformer_engine",
+    "--fp8-format",
+    "--transformer-impl transformer_engine",
+    "megatron/core/fp8_utils.py:443",
+    when=lambda s: s.fp8,
+    given=lambda s: s.transformer_impl == "transformer_engine",
 )
 
 
@@ -385,7 +413,9 @@ def fp8_multiples_of_16(s: Setup) -> str | None:
 
 
 clash(
-    "--accumulate-allreduce-grads-in-fp32", "--main-grads-dtype bf16", f"{ARGUMENTS}:659",
+    "--accumulate-allreduce-grads-in-fp32",
+    "--main-grads-dtype bf16",
+    f"{ARGUMENTS}:659",
     lambda s: s.bf16 and s.accumulate_allreduce_grads_in_fp32 and s.main_grads_dtype != "fp32",
 )
 needs("--fp16-lm-cross-entropy", "--fp16", f"{ARGUMENTS}:785")
@@ -406,11 +436,15 @@ def blocks_uncut(s: Setup) -> str | None:
 # ---------------------------------------------------------------------------------------------- model
 
 clash(
-    "--num-layers", "--encoder-num-layers", f"{ARGUMENTS}:727",
+    "--num-layers",
+    "--encoder-num-layers",
+    f"{ARGUMENTS}:727",
     lambda s: s.num_layers is not None and s.encoder_num_layers is not None,
 )
 clash(
-    "--seq-length", "--encoder-seq-length", f"{ARGUMENTS}:763",
+    "--seq-length",
+    "--encoder-seq-length",
+    f"{ARGUMENTS}:763",
     lambda s: s.seq_length is not None and s.encoder_seq_length is not None,
 )
 
@@ -430,22 +464,32 @@ def positions_cover_sequence(s: Setup) -> str | None:
 
 clash("--squared-relu", "--swiglu", f"{ARGUMENTS}:1178")
 needs(
-    "--squared-relu", "--no-bias-gelu-fusion (or --disable-bias-linear)", f"{TRANSFORMER}:1124",
+    "--squared-relu",
+    "--no-bias-gelu-fusion (or --disable-bias-linear)",
+    f"{TRANSFORMER}:1124",
     when=lambda s: s.squared_relu and not s.swiglu,
     given=lambda s: not s.bias_gelu_fusion or not s.add_bias_linear,
 )
 needs(
-    "--position-embedding-type", "--transformer-impl transformer_engine for 'relative'", f"{ARGUMENTS}:928",
+    "--position-embedding-type",
+    "--transformer-impl transformer_engine for 'relative'",
+    f"{ARGUMENTS}:928",
     when=lambda s: s.position_embedding_type == "relative",
     given=lambda s: s.transformer_impl == "transformer_engine",
 )
 needs(
-    "--position-embedding-type", "--mrope-section for 'mrope'", f"{ARGUMENTS}:934",
-    when=lambda s: s.position_embedding_type == "mrope", given=lambda s: s.mrope_section is not None,
+    "--position-embedding-type",
+    "--mrope-section for 'mrope'",
+    f"{ARGUMENTS}:934",
+    when=lambda s: s.position_embedding_type == "mrope",
+    given=lambda s: s.mrope_section is not None,
 )
 needs(
-    "--no-position-embedding", "--position-embedding-type rope", f"{ARGUMENTS}:924",
-    when=lambda s: not s.add_position_embedding, given=lambda s: s.rope,
+    "--no-position-embedding",
+    "--position-embedding-type rope",
+    f"{ARGUMENTS}:924",
+    when=lambda s: not s.add_position_embedding,
+    given=lambda s: s.rope,
 )
 
 
@@ -458,43 +502,61 @@ def rope_type(s: Setup) -> str | None:
 
 # The local layers fall back to torch's norm where Apex is absent, which the project never installs.
 needs(
-    "--transformer-impl", "--no-persist-layer-norm for the 'local' implementation",
-    "megatron/core/transformer/torch_norm.py:30", when=lambda s: s.transformer_impl == "local",
+    "--transformer-impl",
+    "--no-persist-layer-norm for the 'local' implementation",
+    "megatron/core/transformer/torch_norm.py:30",
+    when=lambda s: s.transformer_impl == "local",
     given=lambda s: s.no_persist_layer_norm,
 )
 
 # --------------------------------------------------------------------------- learning rate and length
 
 clash(
-    "--train-iters", "--train-samples", f"{ARGUMENTS}:699",
+    "--train-iters",
+    "--train-samples",
+    f"{ARGUMENTS}:699",
     lambda s: s.train_iters and s.train_samples is not None,
 )
 clash(
-    "--train-iters", "--lr-decay-samples", f"{ARGUMENTS}:701",
+    "--train-iters",
+    "--lr-decay-samples",
+    f"{ARGUMENTS}:701",
     lambda s: s.train_iters and s.lr_decay_samples is not None,
 )
 clash(
-    "--train-iters", "--lr-warmup-samples", f"{ARGUMENTS}:703",
+    "--train-iters",
+    "--lr-warmup-samples",
+    f"{ARGUMENTS}:703",
     lambda s: s.train_iters and s.lr_warmup_samples != 0,
 )
 clash(
-    "--train-iters", "--rampup-batch-size", f"{ARGUMENTS}:705",
+    "--train-iters",
+    "--rampup-batch-size",
+    f"{ARGUMENTS}:705",
     lambda s: s.train_iters and s.rampup_batch_size is not None,
 )
 clash(
-    "--lr-warmup-fraction", "--lr-warmup-iters", f"{ARGUMENTS}:708",
+    "--lr-warmup-fraction",
+    "--lr-warmup-iters",
+    f"{ARGUMENTS}:708",
     lambda s: s.train_iters and s.lr_warmup_fraction is not None and s.lr_warmup_iters != 0,
 )
 clash(
-    "--train-samples", "--lr-decay-iters", f"{ARGUMENTS}:717",
+    "--train-samples",
+    "--lr-decay-iters",
+    f"{ARGUMENTS}:717",
     lambda s: s.train_samples and s.lr_decay_iters is not None,
 )
 clash(
-    "--train-samples", "--lr-warmup-iters", f"{ARGUMENTS}:719",
+    "--train-samples",
+    "--lr-warmup-iters",
+    f"{ARGUMENTS}:719",
     lambda s: s.train_samples and s.lr_warmup_iters != 0,
 )
 clash(
-    "--lr-warmup-fraction", "--lr-warmup-samples", f"{ARGUMENTS}:722",
+    "--lr-warmup-fraction",
+    "--lr-warmup-samples",
+    f"{ARGUMENTS}:722",
     lambda s: s.train_samples and None is not s.lr_warmup_fraction and s.lr_warmup_samples,
 )
 
@@ -551,13 +613,17 @@ def wsd_decay_after_warmup(s: Setup) -> str | None:
 
 clash("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler", f"{SCHEDULER}:90")
 needs(
-    "--weight-decay-incr-style", "no --start-weight-decay or --end-weight-decay while it is 'constant'",
-    f"{ARGUMENTS}:796", when=lambda s: s.weight_decay_incr_style == "constant",
+    "--weight-decay-incr-style",
+    "no --start-weight-decay or --end-weight-decay while it is 'constant'",
+    f"{ARGUMENTS}:796",
+    when=lambda s: s.weight_decay_incr_style == "constant",
     given=lambda s: s.start_weight_decay is s.end_weight_decay is None,
 )
 needs(
-    "--weight-decay-incr-style", "--start-weight-decay and --end-weight-decay unless it is 'constant'",
-    f"{ARGUMENTS}:801", when=lambda s: s.weight_decay_incr_style != "constant",
+    "--weight-decay-incr-style",
+    "--start-weight-decay and --end-weight-decay unless it is 'constant'",
+    f"{ARGUMENTS}:801",
+    when=lambda s: s.weight_decay_incr_style != "constant",
     given=lambda s: None not in (s.start_weight_decay, s.end_weight_decay),
 )
 
@@ -578,55 +644,80 @@ def seed_positive(s: Setup) -> str | None:
 # ------------------------------------------------------------------------------------------ optimizer
 
 needs(
-    "--use-precision-aware-optimizer", "--optimizer adam", f"{OPTIMIZER}:220",
+    "--use-precision-aware-optimizer",
+    "--optimizer adam",
+    f"{OPTIMIZER}:220",
     given=lambda s: s.optimizer == "adam",
 )
 needs("--use-precision-aware-optimizer", "--use-distributed-optimizer", f"{OPTIMIZER}:223")
 for _line, _state in ((258, "main_grads"), (261, "main_params"), (264, "exp_avg"), (267, "exp_avg_sq")):
     needs(
-        f"--{_state.replace('_', '-')}-dtype", "--use-precision-aware-optimizer unless it is fp32",
-        f"{OPTIMIZER}:{_line}", when=lambda s, dest=f"{_state}_dtype": getattr(s, dest) != "fp32",
+        f"--{_state.replace('_', '-')}-dtype",
+        "--use-precision-aware-optimizer unless it is fp32",
+        f"{OPTIMIZER}:{_line}",
+        when=lambda s, dest=f"{_state}_dtype": getattr(s, dest) != "fp32",
         given=lambda s: s.use_precision_aware_optimizer,
     )
 needs("--optimizer-cpu-offload", "--use-precision-aware-optimizer", f"{ARGUMENTS}:1062")
 needs(
-    "--optimizer-cpu-offload", "--fp8-recipe delayed beside --fp8-param-gather", f"{ARGUMENTS}:1066",
-    when=lambda s: s.optimizer_cpu_offload and s.fp8_param_gather, given=lambda s: s.fp8_recipe == "delayed",
+    "--optimizer-cpu-offload",
+    "--fp8-recipe delayed beside --fp8-param-gather",
+    f"{ARGUMENTS}:1066",
+    when=lambda s: s.optimizer_cpu_offload and s.fp8_param_gather,
+    given=lambda s: s.fp8_recipe == "delayed",
 )
 needs(
-    "--disable-gloo-process-groups", "a distributed --ckpt-format beside --use-distributed-optimizer",
-    f"{ARGUMENTS}:1014", when=lambda s: not s.enable_gloo_process_groups and s.use_distributed_optimizer,
+    "--disable-gloo-process-groups",
+    "a distributed --ckpt-format beside --use-distributed-optimizer",
+    f"{ARGUMENTS}:1014",
+    when=lambda s: not s.enable_gloo_process_groups and s.use_distributed_optimizer,
     given=lambda s: s.dist_checkpoint,
 )
 
 # --------------------------------------------------------------------------- memory, kernels, debugging
 
 needs(
-    "--distribute-saved-activations", "--tensor-model-parallel-size > 1", f"{ARGUMENTS}:814",
+    "--distribute-saved-activations",
+    "--tensor-model-parallel-size > 1",
+    f"{ARGUMENTS}:814",
     given=lambda s: s.tp > 1,
 )
 needs(
-    "--distribute-saved-activations", "--recompute-granularity full", f"{ARGUMENTS}:817",
+    "--distribute-saved-activations",
+    "--recompute-granularity full",
+    f"{ARGUMENTS}:817",
     given=lambda s: s.recompute == "full",
 )
 clash(
-    "--distribute-saved-activations", "--sequence-parallel", f"{TRANSFORMER}:858",
+    "--distribute-saved-activations",
+    "--sequence-parallel",
+    f"{TRANSFORMER}:858",
     lambda s: s.recompute and s.distribute_saved_activations and s.sequence_split,
 )
 clash(
-    "--recompute-method", "selective recomputation", f"{ARGUMENTS}:829",
+    "--recompute-method",
+    "selective recomputation",
+    f"{ARGUMENTS}:829",
     lambda s: s.recompute == "selective" and s.recompute_method is not None,
 )
 needs(
-    "--recompute-granularity", "--recompute-method uniform or block for 'full'", f"{TRANSFORMER}:837",
-    when=lambda s: s.recompute == "full", given=lambda s: s.recompute_method is not None,
+    "--recompute-granularity",
+    "--recompute-method uniform or block for 'full'",
+    f"{TRANSFORMER}:837",
+    when=lambda s: s.recompute == "full",
+    given=lambda s: s.recompute_method is not None,
 )
 needs(
-    "--recompute-granularity", "--recompute-num-layers for 'full'", f"{TRANSFORMER}:843",
-    when=lambda s: s.recompute == "full", given=lambda s: s.recompute_num_layers is not None,
+    "--recompute-granularity",
+    "--recompute-num-layers for 'full'",
+    f"{TRANSFORMER}:843",
+    when=lambda s: s.recompute == "full",
+    given=lambda s: s.recompute_num_layers is not None,
 )
 clash(
-    "--recompute-num-layers", "selective recomputation", f"{TRANSFORMER}:851",
+    "--recompute-num-layers",
+    "selective recomputation",
+    f"{TRANSFORMER}:851",
     lambda s: s.recompute == "selective" and s.recompute_num_layers is not None,
 )
 RECOMPUTE_MODULES = {"core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"}
@@ -649,31 +740,41 @@ def recompute_layernorm_in_fp8(s: Setup) -> str | None:
 
 clash("--enable-cuda-graph", "--external-cuda-graph", f"{ARGUMENTS}:1102")
 clash(
-    "--enable-cuda-graph", "activation recomputation", f"{TRANSFORMER}:1271",
+    "--enable-cuda-graph",
+    "activation recomputation",
+    f"{TRANSFORMER}:1271",
     lambda s: s.enable_cuda_graph and s.recompute,
 )
 clash(
-    "--external-cuda-graph", "--recompute-granularity full", f"{ARGUMENTS}:1114",
+    "--external-cuda-graph",
+    "--recompute-granularity full",
+    f"{ARGUMENTS}:1114",
     lambda s: s.external_cuda_graph and s.recompute == "full",
 )
 clash(
-    "--external-cuda-graph", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", f"{ARGUMENTS}:1110",
+    "--external-cuda-graph",
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    f"{ARGUMENTS}:1110",
     lambda s: s.external_cuda_graph and "expandable_segments:True" in s.env.get("PYTORCH_CUDA_ALLOC_CONF", ""),
 )
 needs(
-    "--delay-wgrad-compute", "Transformer Engine >= 2.7.0 beside --overlap-grad-reduce, the pin is 2.4.0",
-    f"{ARGUMENTS}:1084", when=lambda s: s.delay_wgrad_compute and s.overlap_grad_reduce,
+    "--delay-wgrad-compute",
+    "Transformer Engine >= 2.7.0 beside --overlap-grad-reduce, the pin is 2.4.0",
+    f"{ARGUMENTS}:1084",
+    when=lambda s: s.delay_wgrad_compute and s.overlap_grad_reduce,
     given=lambda s: False,
 )
 clash("--deterministic-mode", "--use-flash-attn", f"{ARGUMENTS}:988")
 clash("--deterministic-mode", "--cross-entropy-loss-fusion", f"{ARGUMENTS}:989")
 needs(
-    "--deterministic-mode", "NCCL_ALGO set to Tree, Ring, CollnetDirect, CollnetChain or ^NVLS",
+    "--deterministic-mode",
+    "NCCL_ALGO set to Tree, Ring, CollnetDirect, CollnetChain or ^NVLS",
     f"{ARGUMENTS}:992",
     given=lambda s: s.env.get("NCCL_ALGO") in ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 )
 needs(
-    "--deterministic-mode", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0",
+    "--deterministic-mode",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0",
     "megatron/core/extensions/transformer_engine.py:901",
     when=lambda s: s.deterministic_mode and s.transformer_impl == "transformer_engine",
     given=lambda s: s.env.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0",
@@ -696,7 +797,10 @@ def attention_environment(s: Setup) -> str | None:
 # ------------------------------------------------------------------------------- checkpoints, logging
 
 needs(
-    "--save", "--save-interval", f"{ARGUMENTS}:778", when=lambda s: s.save is not None,
+    "--save",
+    "--save-interval",
+    f"{ARGUMENTS}:778",
+    when=lambda s: s.save is not None,
     given=lambda s: s.save_interval is not None,
 )
 
@@ -718,29 +822,43 @@ def retain_interval(s: Setup) -> str | None:
 
 
 needs(
-    "--async-save", "--ckpt-format torch_dist", f"{CHECKPOINTING}:474",
+    "--async-save",
+    "--ckpt-format torch_dist",
+    f"{CHECKPOINTING}:474",
     given=lambda s: s.ckpt_format == "torch_dist",
 )
 needs(
-    "--ckpt-format", "--use-torch-fsdp2 for torch_dcp", f"{ARGUMENTS}:970",
-    when=lambda s: s.ckpt_format == "torch_dcp", given=lambda s: s.use_torch_fsdp2,
+    "--ckpt-format",
+    "--use-torch-fsdp2 for torch_dcp",
+    f"{ARGUMENTS}:970",
+    when=lambda s: s.ckpt_format == "torch_dcp",
+    given=lambda s: s.use_torch_fsdp2,
 )
 needs(
-    "--ckpt-format", "--use-megatron-fsdp for fsdp_dtensor", f"{ARGUMENTS}:978",
-    when=lambda s: s.ckpt_format == "fsdp_dtensor", given=lambda s: s.use_megatron_fsdp,
+    "--ckpt-format",
+    "--use-megatron-fsdp for fsdp_dtensor",
+    f"{ARGUMENTS}:978",
+    when=lambda s: s.ckpt_format == "fsdp_dtensor",
+    given=lambda s: s.use_megatron_fsdp,
 )
 needs(
-    "--use-legacy-models", "--ckpt-format torch", f"{ARGUMENTS}:354",
+    "--use-legacy-models",
+    "--ckpt-format torch",
+    f"{ARGUMENTS}:354",
     given=lambda s: s.ckpt_format == "torch",
 )
 needs("--load-main-params-from-ckpt", "--no-load-optim", f"{ARGUMENTS}:1037")
 needs(
-    "--ckpt-convert-format", "--ckpt-convert-save and --load", f"{INITIALIZE}:69",
+    "--ckpt-convert-format",
+    "--ckpt-convert-save and --load",
+    f"{INITIALIZE}:69",
     when=lambda s: s.ckpt_convert_format is not None,
     given=lambda s: s.ckpt_convert_save is not None and s.load is not None,
 )
 needs(
-    "--non-persistent-ckpt-type", "--non-persistent-local-ckpt-dir for 'local'", f"{ARGUMENTS}:1072",
+    "--non-persistent-ckpt-type",
+    "--non-persistent-local-ckpt-dir for 'local'",
+    f"{ARGUMENTS}:1072",
     when=lambda s: s.non_persistent_ckpt_type == "local",
     given=lambda s: s.non_persistent_local_ckpt_dir is not None,
 )
@@ -753,13 +871,18 @@ def non_persistent_type(s: Setup) -> str | None:
 
 
 needs(
-    "--replication", "--replication-jump and --non-persistent-ckpt-type local", f"{ARGUMENTS}:1074",
+    "--replication",
+    "--replication-jump and --non-persistent-ckpt-type local",
+    f"{ARGUMENTS}:1074",
     given=lambda s: s.replication_jump is not None and s.non_persistent_ckpt_type == "local",
 )
 needs("--wandb-project", "--wandb-exp-name", f"{GLOBALS}:191")
 needs(
-    "--wandb-project", "--wandb-save-dir (or --save)", f"{GLOBALS}:198",
-    when=lambda s: s.wandb_project and s.wandb_exp_name, given=lambda s: s.wandb_save_dir or s.save,
+    "--wandb-project",
+    "--wandb-save-dir (or --save)",
+    f"{GLOBALS}:198",
+    when=lambda s: s.wandb_project and s.wandb_exp_name,
+    given=lambda s: s.wandb_save_dir or s.save,
 )
 needs("--log-progress", "--save", f"{TRAINING}:435", given=lambda s: s.save is not None)
 
@@ -802,10 +925,9 @@ def resume_keeps_schedule(s: Setup) -> str | None:
 @rule("--ckpt-step", RECIPE)
 def step_of_a_resumed_run(s: Setup) -> str | None:
     """checkpointing.py:1042: the step beats the tracker, so every restart would go back to it."""
-    if s.ckpt_step is None:
+    # With --pretrained-checkpoint it names the step to start from, once: the launcher drops both after the first save.
+    if s.ckpt_step is None or s.pretrained_checkpoint is not None:
         return None
-    if s.pretrained_checkpoint is not None:
-        return "cannot be combined with --pretrained-checkpoint: a restart would go back to this step"
     if s.load is not None and s.load == s.save:
         return "cannot be combined with equal --load and --save: every restart would go back to this step"
     return None
@@ -821,7 +943,9 @@ def load_differs_from_save(s: Setup) -> str | None:
 # ------------------------------------------------------------------------------------ data, tokenizer
 
 clash(
-    "--data-path", "--data-args-path", f"{ARGUMENTS}:444",
+    "--data-path",
+    "--data-args-path",
+    f"{ARGUMENTS}:444",
     lambda s: s.data_path is not None and s.data_args_path is not None,
 )
 
@@ -842,11 +966,15 @@ def one_data_source(s: Setup) -> str | None:
 
 
 clash(
-    "--per-split-data-args-path", "--train-data-path, --valid-data-path or --test-data-path",
-    f"{ARGUMENTS}:451", lambda s: s.per_split_data_args_path is not None and _split_paths(s),
+    "--per-split-data-args-path",
+    "--train-data-path, --valid-data-path or --test-data-path",
+    f"{ARGUMENTS}:451",
+    lambda s: s.per_split_data_args_path is not None and _split_paths(s),
 )
 clash(
-    "--split", "data paths per split", f"{DATASETS}:84",
+    "--split",
+    "data paths per split",
+    f"{DATASETS}:84",
     lambda s: s.split is not None and (_split_paths(s) or s.per_split_data_args_path),
 )
 
@@ -908,7 +1036,9 @@ TOKENIZER_NEEDS = {
 }
 for _type, (_name, _line) in TOKENIZER_NEEDS.items():
     needs(
-        "--tokenizer-type", f"--{_name.replace('_', '-')} for {_type}", f"{TOKENIZER}:{_line}",
+        "--tokenizer-type",
+        f"--{_name.replace('_', '-')} for {_type}",
+        f"{TOKENIZER}:{_line}",
         when=lambda s, name=_type: (s.tokenizer_type or "GPT2BPETokenizer") == name,
         given=lambda s, name=_name: getattr(s, name) is not None,
     )

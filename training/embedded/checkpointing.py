@@ -70,7 +70,8 @@ def save(
         tensors["optimizer.state.fp32_param."] = dict(zip(optimizer.names, optimizer.main, strict=True))
         for kind in ("exp_avg", "exp_avg_sq"):
             tensors[f"optimizer.state.{kind}."] = optimizer.moments(kind)
-    with torch_dist.Writer(directory) as writer:
+    # A run that was killed before the tracker moved comes here again, with the same content.
+    with torch_dist.Writer(directory, replace=True) as writer:
         for prefix, named in tensors.items():
             for entry in qwen2_layout.to_megatron(lambda name, named=named: named[name].detach().cpu(), shape, prefix):
                 writer.add_tensor(entry.key, entry.tensor, global_shape=entry.global_shape, offset=entry.offset)

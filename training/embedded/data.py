@@ -18,7 +18,11 @@ from training.embedded.errors import TrainingError
 
 
 class HuggingFaceTokenizer:
-    """The four attributes that GPTDataset reads of a tokenizer (megatron/training/tokenizer/tokenizer.py:131)."""
+    """What GPTDataset reads of a tokenizer (megatron/training/tokenizer/tokenizer.py:131).
+
+    Like upstream's it has no `pad`: with one equal to the end-of-text token, GPTDataset would mask the end of every
+    document, and in the loss mask that all samples share (megatron/core/datasets/gpt_dataset.py:211).
+    """
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
@@ -38,7 +42,6 @@ class HuggingFaceTokenizer:
             raise TrainingError(
                 f"--tokenizer-model: the tokenizer at {path} has no eos token, which ends every document"
             )
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eod
         self.unique_identifiers = {"class": type(self).__name__, "path": path}
 
 

@@ -17,6 +17,7 @@ BF16 is the same layer with operands rounded to BF16, which they already are: th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def gemm(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
     """a (m, k) @ b (k, n) with float32 sums. Returns float32.
 
     A GPU multiplies in BF16 where that loses nothing, because its tensor cores sum BF16 products in float32. A CPU
-    multiplies in float32: without AMX or AVX-512 BF16 units its BF16 product is 8 times slower (benchmarks/linear.py).
+    multiplies in float32: without AMX or AVX-512 BF16 units its BF16 product is about 8 times slower.
     """
     if a.is_cuda and precision.exact_in_bf16:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
@@ -112,3 +113,14 @@ def convert(model: nn.Module, precision: Precision, high_precision: tuple[str, .
             if not keep:
                 converted.append(name)
     return converted
+
+
+def weight_rounding(layers: Iterable[Linear]) -> tuple[int, float]:
+    """(number of layers, relative error ||rounded - w|| / ||w|| of all their weights together)."""
+    count, error, total = 0, 0.0, 0.0
+    for layer in layers:
+        weight = layer.weight.detach().float()
+        count += 1
+        error += (layer.operand() - weight).square().sum().item()
+        total += weight.square().sum().item()
+    return count, (error / total) ** 0.5 if total else 0.0

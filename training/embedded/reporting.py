@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import sys
 import time
 from datetime import datetime
@@ -31,20 +32,25 @@ class Reporter:
         self.flops = floating_point_operations(args, vocab_rows)
         self.writer = SummaryWriter(args.tensorboard_dir) if args.tensorboard_dir else None
         self.wandb = _wandb(args)
+        # The launchers send the log to a file and a terminal here; without them the terminal is stderr.
+        self.terminal = os.fdopen(int(os.environ["PROGRESS_FD"]), "w") if os.environ.get("PROGRESS_FD") else None
         self.bar = tqdm(
             total=args.train_iters,
             initial=iteration,
             unit="it",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            file=self.terminal or sys.stderr,
+            disable=not (self.terminal or sys.stderr).isatty(),
             leave=False,
         )
         self.sums: dict[str, float] = {}
         self.since_log = 0
         self.interval_start = time.perf_counter()
 
-    def say(self, text: str) -> None:
-        """Print a line to stdout without tearing the progress bar."""
+    def say(self, text: str, *, routine: bool = False) -> None:
+        """Print to stdout, and beside a progress bar of its own unless it is routine."""
+        if self.terminal and not routine:
+            tqdm.write(text, file=self.terminal)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -99,7 +105,7 @@ class Reporter:
             for name, value in extras.items()
         ]
         parts += ["number of skipped iterations:   0", "number of nan iterations:   0"]
-        self.say(" | ".join(parts) + " |")
+        self.say(" | ".join(parts) + " |", routine=True)
         self.sums, self.since_log, self.interval_start = {}, 0, time.perf_counter()
 
     def evaluation(self, prefix: str, split: str, loss: float, iteration: int) -> None:
