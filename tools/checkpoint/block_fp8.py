@@ -122,6 +122,6 @@ def _scale(amax: Tensor, *, pow2: bool, overflow: float) -> Tensor:
     """The quantisation scale of each block: see the rule at the top of this file."""
     # A 0-dimensional numerator: `448.0 / amax` would be computed as reciprocal * 448, one bit off for 28 % of amax.
     scale = torch.div(torch.tensor(E4M3_MAX, device=amax.device), amax)
-    scale.clamp_(max=overflow)
+    scale.masked_fill_(scale.isinf(), overflow)
     scale.masked_fill_((amax == 0) | amax.isinf(), 1.0)
     return scale.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32) if pow2 else scale

@@ -1,0 +1,74 @@
+"""What several test modules share: real checkpoints, a small real corpus, and running the project's own programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a command with this Python as PYTHON and no launcher variable of the caller's shell."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    clean |= {"PYTHON": sys.executable, **(env or {})}
+    return subprocess.run([str(word) for word in command], env=clean, cwd=cwd, capture_output=True, text=True)
+
+
+def ok(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """The result of a command that must have succeeded."""
+    assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def megatron_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """Directory of a checkpoint in tests/fixtures, by name (tests/fixtures/README.md)."""
+    root = tmp_path_factory.mktemp("fixtures")
+
+    def unpack(name: str) -> Path:
+        if not (root / name).exists():
+            with tarfile.open(REPO / "tests" / "fixtures" / f"{name}.tar.xz") as archive:
+                archive.extractall(root, filter="data")
+        return root / name
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with corpus.jsonl (real text, 500 documents), tokenizer/ and text_text_document.{bin,idx}.
+
+    Made by the quickstart's own programs; its name has a space and a quote, so everything that uses it proves that
+    such paths work.
+    """
+    folder = tmp_path_factory.mktemp("data") / "it's real data"
+    folder.mkdir()
+    quickstart = REPO / "training" / "embedded" / "quickstart"
+    ok(run(sys.executable, quickstart / "corpus.py", "--output", folder / "all.jsonl"))
+    with (folder / "all.jsonl").open() as lines, (folder / "corpus.jsonl").open("w") as kept:
+        kept.writelines(line for number, line in enumerate(lines) if number < 500)
+    model_args = ok(run("bash", "-c", 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}"', MODELS / "qwen2.5-tiny.sh"))
+    ok(
+        run(
+            *(sys.executable, quickstart / "tokenizer.py", "--input", folder / "corpus.jsonl"),
+            *("--output-dir", folder / "tokenizer", "--", *model_args.stdout.split(), "--attention-dropout", "0.0"),
+        )
+    )
+    ok(
+        run(
+            *("bash", REPO / "scripts" / "CPT" / "prepare_data.sh", "--engine", "embedded"),
+            *("--input", folder / "corpus.jsonl", "--output-prefix", folder / "text"),
+            *("--tokenizer", folder / "tokenizer"),
+        )
+    )
+    return folder
+
+
+MODELS = REPO / "scripts" / "models"
