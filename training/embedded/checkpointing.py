@@ -213,7 +213,8 @@ def _set_rng_state(reader) -> None:
         return
     state = reader.read_object("rng_state/shard_0.0_1.1")
     random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
+    name, keys, *position = state["np_rng_state"]
+    np.random.set_state((name, keys.numpy(), *position))
     torch.set_rng_state(torch.from_numpy(state["torch_rng_state"].numpy().copy()))
     if torch.cuda.is_available() and "cuda_rng_state" in state:
         torch.cuda.set_rng_state(torch.from_numpy(state["cuda_rng_state"].numpy().copy()))
