@@ -3,7 +3,8 @@
 # It has no published weights: start it with --from-scratch, or with INIT_CHECKPOINT.
 set -euo pipefail
 
-ENGINE=${ENGINE:-embedded} MODEL=qwen2.5-tiny TP=${TP:-1} WANDB_PROJECT=${WANDB_PROJECT-} INIT_CHECKPOINT=${INIT_CHECKPOINT-}
+ENGINE=${ENGINE:-embedded} MODEL=qwen2.5-tiny TP=${TP:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-1}
+WANDB_PROJECT=${WANDB_PROJECT-} INIT_CHECKPOINT=${INIT_CHECKPOINT-}
 SEQ_LENGTH=128 MICRO_BATCH_SIZE=8 GLOBAL_BATCH_SIZE=8         # 1024 tokens per step
 TRAIN_ITERS=400 WARMUP_ITERS=40 DECAY_ITERS=100               # 41K + 266K + 102K tokens
 LR=1e-3 MIN_LR=1e-4 INIT_STD=0.02

@@ -1,0 +1,175 @@
+"""The exact command of every recipe, engine, state and precision, and what of it differs from the original recipe."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+from tests.scripts.launch import SCRIPTS, SIZES, command, program_arguments, tracker
+from training.contract import check, contract
+
+GOLDEN = Path(__file__).parent / "golden"
+DIFFERENCES = json.loads((GOLDEN / "differences.json").read_text())
+ORIGINAL = json.loads((GOLDEN / "original_argv.json").read_text())
+PROGRAM = contract.load("pretrain_gpt")
+
+
+def states(script: str, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """(name, OUT_DIR, flags) of every way that the script starts."""
+    (folder / "fresh").mkdir()
+    if script.endswith("_decay"):
+        iteration = "200" if "tiny" in script else "35000"
+        yield "decay fresh", folder / "fresh", ["--load", f"/stable/checkpoints/iter_{int(iteration):07d}"]
+        out = folder / "resumed"
+        tracker(out / "checkpoints", int(iteration) + 10)
+        (out / "checkpoints" / "decay_start.txt").write_text(f"{iteration} /stable/checkpoints\n")
+        yield "decay resumed", out, []
+    else:
+        yield "fresh", folder / "fresh", []
+        yield "from scratch", folder / "fresh", ["--from-scratch"]
+        out = folder / "resumed"
+        tracker(out / "checkpoints", 100)
+        yield "resumed", out, []
+
+
+def lines(words: list[str]) -> list[str]:
+    """One line per flag with its values, one per word before the first flag and for the program."""
+    result: list[str] = []
+    for word in words:
+        value = result and result[-1].startswith("--") and not word.startswith("--") and not word.endswith(".py")
+        if value:
+            result[-1] += f" {word!r}" if " " in word or not word else f" {word}"
+        else:
+            result.append(word)
+    return result
+
+
+def document(script: str, engine: str, folder: Path) -> str:
+    """The first command whole, the others as their differences from it."""
+    text, first = "", []
+    for name, out, flags in states(script, folder):
+        for precision, scales in (("fp8", "pow2"), ("fp8", "fp32"), ("bf16", "pow2")):
+            env = {"PRECISION": precision, "FP8_SCALE_FORMAT": scales}
+            now = lines(command(script, *flags, "--engine", engine, out=out, **env))
+            text += f"## {name}, {precision}, {scales}\n" if precision == "fp8" else f"## {name}, {precision}\n"
+            if first:
+                diff = list(difflib.unified_diff(first, now, lineterm="", n=0))[2:]  # without the file names
+                text += "".join(f"{line}\n" for line in diff if not line.startswith("@@"))
+            else:
+                first = now
+                text += "".join(f"{line}\n" for line in now)
+            text += "\n"
+    return text
+
+
+@pytest.mark.parametrize("engine", ["megatron", "embedded"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_golden_command(script, engine, tmp_path):
+    """After a wanted change: UPDATE_GOLDEN=1 bash scripts/test.sh -k golden, and review the diff."""
+    found = document(script, engine, tmp_path)
+    path = GOLDEN / f"{script}.{engine}.txt"
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(found)
+    assert found == path.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_contract_and_does_something(script, tmp_path):
+    for _, out, flags in states(script, tmp_path):
+        for env in ({}, {"PRECISION": "bf16"}, {"PROFILE": "1"}, {"WANDB_PROJECT": ""}):
+            argv = program_arguments(command(script, *flags, "--engine", "megatron", out=out, **env))
+            problems = check.problems_of("pretrain_gpt", argv, world_size=1 if "tiny" in script else 8, strict=True)
+            allowed = [p for p in problems if p.level == "warning"]
+            assert [str(p) for p in problems if p not in allowed] == []
+            assert [p.flag for p in allowed] in ([], ["--load"])  # a start from another run's checkpoint
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bf16_drops_exactly_the_fp8_flags(script, tmp_path):
+    _, out, flags = next(states(script, tmp_path))
+    fp8, bf16 = (lines(command(script, *flags, out=out, PRECISION=precision)) for precision in ("fp8", "bf16"))
+    gone = [line for line in fp8 if line not in bf16]
+    new = [line for line in bf16 if line not in fp8]
+    names = (
+        "--fp8-format e4m3",
+        "--fp8-recipe blockwise",
+        "--fp8-param-gather",
+        "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0",
+    )
+    kept = [line for line in gone if not line.startswith(names) and "FP8_" not in line]
+    assert kept == [] and all("BF16" in line for line in new)
+
+
+# ---------------------------------------------------------------- against the original
+
+
+def values(argv: list[str]) -> dict[str, str]:
+    """Flag -> its values as text; a repeated flag counts once, the last."""
+    return {piece[0]: " ".join(piece[1:]) for piece in contract.split(PROGRAM, argv)}
+
+
+def generic(value: str) -> str:
+    """Paths are the user's: only whether there is one can differ."""
+    return "PATH" if value.startswith(("/", "<CWD>")) else value
+
+
+def found_differences(name: str, folder: Path) -> dict[str, tuple[str | None, str | None]]:
+    (original,) = ORIGINAL[f"scripts/CPT/{name}.sh"]["commands"]
+    words = original["argv"]
+    entry = next(n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
+    state, out, flags = next(states(name, folder))
+    theirs = {k: generic(v) for k, v in values(words[entry + 1 :]).items()}
+    ours = {k: generic(v) for k, v in values(program_arguments(command(name, *flags, out=out))).items()}
+    return {
+        flag: (theirs.get(flag), ours.get(flag))
+        for flag in sorted(theirs.keys() | ours.keys())
+        if theirs.get(flag) != ours.get(flag)
+    }
+
+
+def named_differences(name: str) -> dict[str, tuple[str | None, str | None]]:
+    return {
+        entry["flag"]: (entry["original"], entry["ours"])
+        for entry in DIFFERENCES
+        if name in entry.get("scripts", [name])
+    }
+
+
+@pytest.mark.parametrize("name", [s for s in SCRIPTS if "tiny" not in s])
+def test_only_named_differences_from_the_original(name, tmp_path):
+    assert found_differences(name, tmp_path) == named_differences(name)
+
+
+def test_every_difference_says_why():
+    assert SIZES[:2] == ("7B", "1.5B")
+    for entry in DIFFERENCES:
+        assert entry["why"] and entry["evidence"], entry["flag"]
+
+
+def test_the_documentation_shows_the_list():
+    page = (REPO / "docs" / "CPT.md").read_text()
+    table = page.partition("<!-- differences:begin -->\n")[2].partition("<!-- differences:end -->")[0]
+    assert table == difference_table(), "run: python -m tests.scripts.test_golden"
+
+
+def difference_table() -> str:
+    rows = ["| flag | original | ours | why | evidence |", "|---|---|---|---|---|"]
+    for entry in DIFFERENCES:
+        cells = [
+            "absent" if entry[key] is None else f"`{entry[key]}`" if entry[key] else "set"
+            for key in ("original", "ours")
+        ]
+        where = entry.get("scripts")
+        only = "" if where is None else " (" + ", ".join(s.removeprefix("InfiR2_CPT_FP8_") for s in where) + ")"
+        rows.append(f"| `{entry['flag']}`{only} | {cells[0]} | {cells[1]} | {entry['why']} | {entry['evidence']} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(difference_table(), end="")
