@@ -112,7 +112,7 @@ TABLE: tuple[Inert, ...] = (
     ),
     # parts of something that is off
     Inert(
-        ("--fp8-recipe", "--no-fp8-wgrad", "--first-last-layers-bf16", "--tp-only-amax-red"),
+        ("--fp8-recipe", "--no-fp8-wgrad", "--first-last-layers-bf16"),
         "is ignored without --fp8-format",
         "megatron/core/fp8_utils.py:499",
         lambda s: not s.fp8,
