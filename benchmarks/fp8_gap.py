@@ -38,7 +38,13 @@ def train(options: argparse.Namespace, seed: int, precision: str) -> Run:
     }
     command = ["bash", str(REPO / "scripts" / "CPT" / "InfiR2_CPT_FP8_tiny.sh"), "--from-scratch", "--seed", str(seed)]
     command += ["--train-iters", str(options.train_iters), "--eval-iters", str(TEST_BATCHES)]
-    command += ["--eval-interval", str(options.train_iters), "--save-interval", str(options.train_iters)]
+    command += [
+        "--eval-interval",
+        str(options.train_iters),
+        "--save-interval",
+        str(options.train_iters),
+        *options.flags,
+    ]
     print(f"seed {seed}, {precision}", flush=True)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return read_run(out)
@@ -66,6 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1236, 1237, 1238])
     parser.add_argument("--train-iters", type=int, default=400)
+    parser.add_argument("flags", nargs="*", help="further flags of the recipe, after --")
     options = parser.parse_args()
     if len(options.seeds) < 2:
         parser.error("--seeds: expected at least two, for a distance between them")

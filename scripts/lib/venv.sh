@@ -16,20 +16,25 @@ require_python() {
     || die "${1}: has no venv module; on Debian and Ubuntu: apt-get install python${version}-venv"
 }
 
-# ensure_venv REQUIREMENTS_FILE: .venv holds exactly what the file pins. A stamp with the file's checksum makes the next
-# call immediate; an installation that was cut off has no stamp and is made anew.
+# stamp_venv REQUIREMENTS_FILE: the path of its stamp, and the checksum that the stamp of a complete installation holds.
+stamp_venv() {
+  STAMP="${VENV}/.$1.installed"
+  CHECKSUM="$(cd "${REPO}" && cat requirements.txt "$1" | cksum)"
+}
+
+# ensure_venv REQUIREMENTS_FILE: .venv holds what the file pins (requirements-dev.txt includes requirements.txt). The
+# stamp makes the next call immediate; an environment without any was cut off while it was made, and is made anew.
 ensure_venv() {
-  local requirements="$1" stamp checksum torch
-  stamp="${VENV}/.$(basename "${requirements}").installed"
-  checksum="$(cd "${REPO}" && cat requirements.txt "${requirements}" | cksum)"
-  [[ -f ${stamp} && $(<"${stamp}") == "${checksum}" ]] && return
+  local requirements="$1" torch
+  stamp_venv "${requirements}"
+  [[ -f ${STAMP} && $(<"${STAMP}") == "${CHECKSUM}" ]] && return
   local python="${PYTHON:-python3}"
   require_python "${python}"
   if ! compgen -G "${VENV}/.*.installed" >/dev/null; then
     echo "creating ${VENV} with $("${python}" --version)"
     "${python}" -m venv --clear "${VENV}"
   fi
-  rm -f "${VENV}"/.*.installed
+  rm -f "${STAMP}"
   local pip=("${VENV}/bin/python" -m pip install --disable-pip-version-check --quiet)
   if [[ -n ${TORCH_INDEX_URL:-} ]]; then
     torch="$(grep '^torch==' "${REPO}/requirements.txt")"
@@ -37,5 +42,8 @@ ensure_venv() {
   fi
   echo "installing $(basename "${requirements}") into .venv; the first time takes minutes"
   "${pip[@]}" -r "${REPO}/${requirements}"
-  echo "${checksum}" >"${stamp}"
+  for requirements in requirements.txt "${requirements}"; do
+    stamp_venv "${requirements}"
+    echo "${CHECKSUM}" >"${STAMP}"
+  done
 }

@@ -1,0 +1,120 @@
+"""Every command that README and docs/ show is run: as it stands, or in the form that its row below names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, ok, run
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+BIN = Path(sys.executable).parent
+
+
+def commands() -> list[str]:
+    """The lines of all bash blocks, comments removed, each once."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                found.setdefault(re.sub(r"\s+#.*", "", line).strip())
+    return [line for line in found if line]
+
+
+def launch(line: str, folder: Path) -> None:
+    """A recipe, as a dry run; its paths need not exist."""
+    dry = line if "--dry-run" in line else f"{line} --dry-run"
+    result = ok(run("bash", "-c", dry, env={"OUT_DIR": str(folder / "out")}, cwd=REPO))
+    assert "pretrain_gpt.py" in result.stdout or "preprocess_data.py" in result.stdout
+    assert list(folder.iterdir()) == []
+
+
+def quickstart(line: str, folder: Path) -> None:
+    """tests/scripts/test_quickstart.py runs it for real."""
+    ok(run("bash", "-c", f"{line} --dry-run", env={"OUT_DIR": str(folder / "out")}, cwd=REPO))
+
+
+def suite(line: str, folder: Path) -> None:
+    """This is running inside it."""
+    ok(run("bash", "-c", f"{line} --help", cwd=REPO))
+
+
+def submodule(line: str, folder: Path) -> None:
+    """Fetching needs a network: the path must be one of .gitmodules."""
+    path = line.split()[-1]
+    assert f"path = {path}\n" in (REPO / ".gitmodules").read_text()
+
+
+def tail(line: str, folder: Path) -> None:
+    """The log is where the launcher writes it."""
+    recipe = line.split("exp/")[1].split("/")[0]
+    assert (REPO / "scripts" / "CPT" / f"{recipe}.sh").exists() and line.endswith("/logs/train_node0.log")
+    assert (
+        "LOG=$OUT_DIR/logs/train_node${NODE_RANK:-$( ((NNODES == 1)) && echo 0"
+        in (REPO / "scripts" / "CPT" / "recipe.sh").read_text()
+    )
+
+
+def tensorboard(line: str, folder: Path) -> None:
+    """Started for real, on a free port, until it says where it listens."""
+    words = [str(BIN / "tensorboard"), *line.split()[1:], "--port", "0"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert any("http://127.0.0.1:" in text for text in server.stdout)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def export(line: str, folder: Path) -> None:
+    """A variable that the scripts read."""
+    name = line.split()[1].split("=")[0]
+    assert name in (REPO / "scripts" / "lib" / "venv.sh").read_text()
+
+
+RUNNERS = {
+    r"bash scripts/quickstart\.sh$": quickstart,
+    r"bash scripts/test\.sh$": suite,
+    r"bash scripts/CPT/\S+\.sh": launch,
+    r"git submodule update --init \S+$": submodule,
+    r"tail -f ": tail,
+    r"\.venv/bin/tensorboard ": tensorboard,
+    r"\.venv/bin/python benchmarks/fp8_gap\.py --data exp/quickstart ": lambda line, folder: None,  # below, with data
+    r"export ": export,
+}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command(line, tmp_path):
+    runners = [runner for pattern, runner in RUNNERS.items() if re.match(pattern, line)]
+    assert len(runners) == 1, f"no way to run: {line}"
+    runners[0](line, tmp_path)
+
+
+def test_fp8_gap(tiny_data, tmp_path):
+    (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    (tmp_path / "quickstart" / "tokenizer").symlink_to(tiny_data / "tokenizer")
+    for suffix in ("bin", "idx"):
+        name = f"text_text_document.{suffix}"
+        (tmp_path / "quickstart" / "data" / name).symlink_to(tiny_data / name)
+    short = "--lr-warmup-iters 1 --lr-wsd-decay-iters 2 --eval-iters 2".split()
+    result = ok(
+        run(
+            *(sys.executable, REPO / "benchmarks" / "fp8_gap.py", "--data", tmp_path / "quickstart"),
+            *("--output", tmp_path / "gap", "--train-iters", 6, "--seeds", 1, 2, "--", *short),
+        )
+    )
+    assert re.search(r"BF16 against BF16, another seed: \d+\.\d+% apart on average; ratio \d", result.stdout)
+    assert "FP8 rounding: 28 of 29" in result.stdout and "| 1 | " in result.stdout and "| 2 | " in result.stdout
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
