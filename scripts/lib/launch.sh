@@ -18,7 +18,7 @@ print_command() {
 hold_lock() {
   mkdir -p "$(dirname "$1")"
   [[ -n $(command -v flock) ]] || { warn 'flock: not found; a second run of this would not be noticed' && return; }
-  exec {LOCK_FD}>"$1"
+  exec {LOCK_FD}>>"$1"
   ! flock --nonblock "$LOCK_FD" || return 0
   printf 'another run is using %s; waiting for it to end\n' "$(dirname "$1")" >&2
   flock "$LOCK_FD"
