@@ -135,7 +135,7 @@ every other number are the same.
 
 - FP8 against BF16: held-out loss {ends[0] / ends[1] - 1:+.2%}; training loss {gap.mean():+.2%} on average,
   {gap[-SMOOTH:].mean():+.2%} over the last {SMOOTH} iterations, never more than {widest:.2%} as a mean of {SMOOTH}.
-  At this size two BF16 runs with different seeds differ by as much: see `benchmarks/fp8_gap.py`.
+  Beside it, BF16 runs of different seeds: `benchmarks/fp8_gap.py` measures both.
 - {active}
 
 ![losses, their gap and the learning rate]({image})
