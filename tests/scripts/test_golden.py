@@ -14,7 +14,7 @@ from tests.conftest import REPO
 from tests.scripts.launch import SCRIPTS, SIZES, command, program_arguments, tracker
 from training.contract import check, contract
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = REPO / "tests" / "golden"
 DIFFERENCES = json.loads((GOLDEN / "differences.json").read_text())
 ORIGINAL = json.loads((GOLDEN / "original_argv.json").read_text())
 PROGRAM = contract.load("pretrain_gpt")

@@ -93,15 +93,24 @@ def build(args: argparse.Namespace, tokenizer: HuggingFaceTokenizer) -> Datasets
     return Datasets(train, valid, test)
 
 
-def micro_batches(dataset: GPTDataset, consumed: int, size: int, device: torch.device) -> Iterator[Batch]:
-    """Samples in order from `consumed` on, `size` at a time (MegatronPretrainingSampler; drops the last batch)."""
+def micro_batches(dataset: GPTDataset, consumed: int, size: int, rows: int, device: torch.device) -> Iterator[Batch]:
+    """Samples in order from `consumed` on, `size` at a time (MegatronPretrainingSampler; drops the last batch).
+
+    Raises TrainingError on a token that the embedding, of `rows` rows, does not have.
+    """
     for start in range(consumed, len(dataset) - size + 1, size):
         samples = [dataset[index] for index in range(start, start + size)]
-        yield Batch(
-            tokens=torch.stack([torch.as_tensor(s["tokens"]) for s in samples]).to(device),
-            labels=torch.stack([torch.as_tensor(s["labels"]) for s in samples]).to(device),
-            loss_mask=torch.stack([torch.as_tensor(s["loss_mask"]) for s in samples]).to(device),
+        tokens, labels, loss_mask = (
+            torch.stack([torch.as_tensor(sample[key]) for sample in samples])
+            for key in ("tokens", "labels", "loss_mask")
         )
+        largest = max(tokens.max().item(), labels.max().item())
+        if largest >= rows:
+            raise TrainingError(
+                f"--tokenizer-model: the data has token {largest}, expected less than the {rows} embedding rows; "
+                "prepare the data with this tokenizer"
+            )
+        yield Batch(tokens.to(device), labels.to(device), loss_mask.to(device))
 
 
 def _blends(args: argparse.Namespace):

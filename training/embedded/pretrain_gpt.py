@@ -93,9 +93,7 @@ class Trainer:
         if progress.iteration == 0 and not args.skip_train:
             self.evaluate_test()
         if not args.skip_train and progress.iteration < args.train_iters:
-            batches = data.micro_batches(
-                self.datasets.train, progress.consumed_train_samples, args.micro_batch_size, self.device
-            )
+            batches = self.micro_batches(self.datasets.train, progress.consumed_train_samples)
             while progress.iteration < args.train_iters:
                 self.iteration(batches)
                 if args.eval_interval and progress.iteration % args.eval_interval == 0:
@@ -115,6 +113,10 @@ class Trainer:
             self.evaluate_valid(f"iteration {progress.iteration} on validation set")
             self.evaluate_test()
         self.reporter.close()
+
+    def micro_batches(self, dataset: data.GPTDataset, consumed: int) -> Iterator[data.Batch]:
+        """The micro batches of a split after the first `consumed` samples."""
+        return data.micro_batches(dataset, consumed, self.args.micro_batch_size, self.vocab_rows, self.device)
 
     def iteration(self, batches: Iterator[data.Batch]) -> None:
         """One optimizer step over --global-batch-size samples."""
@@ -172,7 +174,7 @@ class Trainer:
     def evaluate(self, dataset: data.GPTDataset, consumed: int) -> float:
         """Mean loss per token over --eval-iters global batches."""
         self.model.eval()
-        batches = data.micro_batches(dataset, consumed, self.args.micro_batch_size, self.device)
+        batches = self.micro_batches(dataset, consumed)
         total = tokens = 0.0
         for _ in range(self.args.eval_iters * self.args.global_batch_size // self.args.micro_batch_size):
             summed, kept = self.loss(next(batches))

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import REPO, ok, run
 from tests.tools.checkpoint.test_torch_dist import hf_model, mcore_logits
@@ -316,6 +318,18 @@ def test_a_diverged_run_stops_without_saving(tiny_data, tmp_path):
     result = train(tiny_data, tmp_path, *flags)
     assert result.returncode != 0 and "the loss is nan" in result.stdout + result.stderr
     assert torch_dist.read_tracker(tmp_path / "checkpoints") in (None, 2)
+
+
+def test_data_of_another_tokenizer_is_refused(tiny_data, tmp_path):
+    """Its token numbers exceed the embedding: without the check, an index error deep in torch."""
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>")), eos_token="<eos>"
+    )
+    words.save_pretrained(tmp_path / "words")
+    env = environment(tiny_data, tmp_path / "run", TOKENIZER_MODEL=str(tmp_path / "words"))
+    result = run("bash", TINY, *FULL, env=env)
+    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
+    assert "--tokenizer-model: the data has token" in result.stdout and "128 embedding rows" in result.stdout
 
 
 @pytest.mark.parametrize(
