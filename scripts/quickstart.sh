@@ -115,9 +115,9 @@ main() {
     esac
     shift
   done
+  [[ -z ${from} || -z ${only} ]] || die "--from and --only: expected one of them, found both"
   stage="${from}${only}"
   [[ -z ${stage} || " ${STAGES[*]} " == *" ${stage} "* ]] || die "${stage}: expected a stage of: ${STAGES[*]}"
-  [[ -z ${from} || -z ${only} ]] || die "--from and --only: expected one of them, found both"
   for stage in "${STAGES[@]}"; do
     if [[ -n ${only} ]]; then
       [[ ${stage} == "${only}" ]] && chosen+=("${stage}")

@@ -22,6 +22,7 @@ hold_lock() {
   ! flock --nonblock "$LOCK_FD" || return 0
   printf 'another run is using %s; waiting for it to end\n' "$(dirname "$1")" >&2
   flock "$LOCK_FD"
+  exec {LOCK_FD}>&-  # or the next attempt would wait for this one
   exec "$BASH" "$0" "${@:2}"
 }
 
