@@ -72,7 +72,7 @@ train() {
     bash "${TINY}" --from-scratch ${CPT_FLAGS[@]+"${CPT_FLAGS[@]}"}
 }
 
-result_report() { echo "${OUT}/report.md"; }
+result_report() { echo "${OUT}/report.md"; }  # and report.png
 stage_report() {
   run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" \
     --fp8 "${OUT}/cpt_fp8" --bf16 "${OUT}/cpt_bf16" --output "${OUT}/report.md"
@@ -133,7 +133,7 @@ main() {
   if [[ ${DRY_RUN} == 0 && ${again} == 1 ]]; then
     for stage in "${STAGES[@]}"; do
       [[ ${stage} != "${chosen[0]}" ]] || reached=1
-      [[ ${reached} == 0 || ${stage} == install ]] || rm -rf "$("result_${stage}")"
+      [[ ${reached} == 0 || ${stage} == install ]] || rm -rf "$("result_${stage}")" "${OUT}/report.png"
     done
   fi
   for stage in "${chosen[@]}"; do
