@@ -141,4 +141,7 @@ def test_again_throws_away_what_follows(reference, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     ok(quickstart(out, "--only", "tokenizer", "--again", *SHORT))
-    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == ["corpus.jsonl", "tokenizer"]
+    assert (out / "corpus.jsonl").exists() and (out / "tokenizer" / "tokenizer.json").exists()
+    for name in ("data/text_text_document.idx", "cpt_fp8", "cpt_bf16", "report.md", "report.png"):
+        assert not (out / name).exists()
+    assert (out / "tokenizer" / "tokenizer.json").stat().st_mtime > (whole / "report.md").stat().st_mtime
