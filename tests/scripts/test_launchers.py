@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.conftest import REPO, ok, run
-from tests.scripts.launch import PLACES, RECIPES, SCRIPTS, SIZES, command, dry_run, program_arguments
+from tests.scripts.launch import PLACES, RECIPES, SCRIPTS, command, dry_run, program_arguments
 from tests.scripts.test_state import error
 
 FULL = "InfiR2_CPT_FP8_7B"
@@ -70,7 +70,7 @@ def test_passed_flags_come_last_and_reach_the_header(out):
     assert "warm-up 1-10 (41.9M), stable 11-80 (293.6M), decay 81-100 (83.9M)" in result.stderr
     argv = program_arguments(command(FULL, "--train-iters", 100, "--lr-warmup-iters=10", "--eod-mask-loss", out=out))
     assert argv[-4:] == ["--train-iters", "100", "--lr-warmup-iters=10", "--eod-mask-loss"]
-    assert "warning" not in "".join(line for line in result.stderr.splitlines() if "twice" in line)
+    assert "twice" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_a_tokenizer_directory_without_a_tokenizer(out, tmp_path):
     for path, message in (("nowhere", "directory nowhere not found"), (tmp_path / "empty", "holds no tokenizer")):
         words = ["bash", RECIPES / f"{FULL}.sh", "--from-scratch", "--engine", "embedded"]
         result = run(*words, env={**env, "TOKENIZER_MODEL": str(path)})
-        assert result.returncode == 1 and f"TOKENIZER_MODEL: {path if path != 'nowhere' else ''}"[:17] in result.stderr
+        assert result.returncode == 1 and "error: TOKENIZER_MODEL: " in result.stderr
         assert message in result.stderr and not out.exists()
 
 
 def test_the_models_config_is_compared(out, tmp_path):
-    """The original's 1.5B script and its converter disagreed on the rotary base: 1e6 and 10000."""
+    """A rotary base of 10000 for a model of 1e6, or the reverse, trains without a complaint from the engine."""
     model = tmp_path / "model"
     model.mkdir()
     config = {
@@ -251,4 +251,3 @@ def test_gitlinks_are_the_pins():
         "training/slime": "8359c9a41c64900dc742f757228318026f88713a",
         "training/TransformerEngine": "3cd6870ceb809f173a31e3cac5034e56cf879156",
     }
-    assert SIZES == ("7B", "1.5B", "tiny")

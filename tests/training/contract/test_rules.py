@@ -251,14 +251,15 @@ def command(change: str) -> list[str]:
     return [word for piece in kept for word in piece] + words
 
 
-def setup(change: str, env: dict[str, str] | None = None) -> Setup:
+def setup(name: str, change: str) -> Setup:
+    """The case of a rule, where it needs one on 8 GPUs or in its environment."""
     args, _, problems = contract.parse(PROGRAM, command(change))
     assert problems == [], problems
-    return Setup(args, 8 if "world_size" in change else None, env or {})
+    return Setup(args, 8 if name == "world_size_divisible" else None, ENVIRONMENT.get(name, {}))
 
 
 def test_the_base_breaks_nothing():
-    assert rules.check(setup("")) == []
+    assert rules.check(setup("", "")) == []
 
 
 def test_every_rule_has_a_case():
@@ -268,10 +269,8 @@ def test_every_rule_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_the_rule_fires(name):
     rule = ALL[name]
-    args, _, problems = contract.parse(PROGRAM, command(CASES[name]))
-    assert problems == [], problems
-    found = rules.check(Setup(args, 8 if name == "world_size_divisible" else None, ENVIRONMENT.get(name, {})))
-    message = rule.broken(Setup(args, 8 if name == "world_size_divisible" else None, ENVIRONMENT.get(name, {})))
+    case = setup(name, CASES[name])
+    found, message = rules.check(case), rule.broken(case)
     assert message is not None
     problem = next(problem for problem in found if problem.flag == rule.flag and problem.message == message)
     assert problem.level == rule.level and "\n" not in str(problem)

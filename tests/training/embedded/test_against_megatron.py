@@ -118,5 +118,5 @@ def test_the_same_curve(tmp_path):
     assert len(found) == len(MEGATRON) == 20
     for (step, rate, loss, norm), (their_step, their_rate, their_loss, their_norm) in zip(found, MEGATRON, strict=True):
         assert step == their_step and rate == pytest.approx(their_rate, rel=1e-6)
-        assert loss == pytest.approx(their_loss, rel=1e-3) and norm == pytest.approx(their_norm, rel=2e-2)
+        assert loss == pytest.approx(their_loss, rel=3e-4) and norm == pytest.approx(their_norm, rel=1e-2)
     assert found[-1][2] < 0.9 * found[0][2]
