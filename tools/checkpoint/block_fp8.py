@@ -12,15 +12,23 @@ common/transpose/quantize_transpose_{square,vector}_blockwise.cu):
                 the largest finite value of the input's dtype
     power-of-two mode (TE's default): clear the mantissa of `scale`, that is, round it DOWN, so nothing ever clips
     scale_inv = 1 / scale
-    code      = E4M3(x * scale), round to nearest even, saturating to +-448
+    code      = E4M3(x * scale), round to nearest even, saturating to +-448; NaN gives 0x7f
 
 NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 turns the power-of-two mode off, here as in TE.
+
+slime's weight sync (slime/utils/fp8_kernel.py at 8359c9a) starts from the other side, in float32 scales only:
+
+    scale_inv = max(amax, 1e-10) / 448
+    scale     = 1 / scale_inv
+
+Both are correctly rounded, and yet differ in the last bit of about every third scale and in one code of 3000.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +36,14 @@ from torch import Tensor
 
 BLOCK = 128
 E4M3_MAX = 448.0
+NAN_CODE = 0x7F
 WEIGHT_BLOCK = (BLOCK, BLOCK)
 ROW_BLOCK = (1, BLOCK)  # along the last axis: the contraction axis of fprop (x) and dgrad (dy)
 COLUMN_BLOCK = (BLOCK, 1)  # along the first axis: the contraction axis of wgrad (both operands)
 SCALES_ENV = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+SLIME_EPSILON = 1e-10
+
+Formula = Literal["te", "slime"]
 
 _EXPONENT = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-6
@@ -63,16 +75,28 @@ def power_of_two_scales() -> bool:
     return os.environ.get(SCALES_ENV, "0") != "1"
 
 
-def quantize(x: Tensor, block: tuple[int, int], *, pow2: bool) -> BlockFP8:
+def quantize(x: Tensor, block: tuple[int, int], *, pow2: bool, formula: Formula = "te") -> BlockFP8:
     """Quantise a matrix block by block.
 
     x: (rows, columns), float32, bfloat16 or float16; ragged edges are allowed. block: rows and columns of one block.
+    formula: "te" or "slime", see the rules at the top of this file; slime's has no power-of-two mode.
     """
     tiles = _tiles(x.float(), block)
-    scale = _scale(_amax(tiles), pow2=pow2, overflow=torch.finfo(x.dtype).max)
+    amax = _amax(tiles)
+    if formula == "slime":
+        if pow2:
+            raise ValueError("slime's formula has float32 scales only")
+        inverse = amax.clamp(min=SLIME_EPSILON) / torch.tensor(E4M3_MAX, device=amax.device)  # see _scale
+        scale = inverse.reciprocal()
+    else:
+        scale = _scale(amax, pow2=pow2, overflow=torch.finfo(x.dtype).max)
+        inverse = scale.reciprocal()
     scaled = (tiles * scale).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = _untile(scaled, x.shape).to(torch.float8_e4m3fn).view(torch.uint8)
-    return BlockFP8(codes, scale.reciprocal()[:, 0, :, 0], block)
+    nan = x.isnan()
+    if nan.any():
+        codes[nan] = NAN_CODE
+    return BlockFP8(codes, inverse[:, 0, :, 0], block)
 
 
 def round_to_blocks(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor:
@@ -121,6 +145,7 @@ def _amax(tiles: Tensor) -> Tensor:
 def _scale(amax: Tensor, *, pow2: bool, overflow: float) -> Tensor:
     """The quantisation scale of each block: see the rule at the top of this file."""
     # A 0-dimensional numerator: `448.0 / amax` would be computed as reciprocal * 448, one bit off for 28 % of amax.
+    # (CUDA does the same to a number in the denominator.)
     scale = torch.div(torch.tensor(E4M3_MAX, device=amax.device), amax)
     scale.masked_fill_(scale.isinf(), overflow)
     scale.masked_fill_((amax == 0) | amax.isinf(), 1.0)

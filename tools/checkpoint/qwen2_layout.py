@@ -21,7 +21,6 @@ models/gpt/gpt_layer_specs.py at core_v0.14.0.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +44,9 @@ QWEN2_ARGS = {
     "qk_layernorm": False,
     "multi_latent_attention": False,
     "num_experts": None,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "use_rope_scaling": False,
 }
 EXTRA_STATE_MODULES = {
     "local": ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
@@ -279,19 +281,14 @@ class HfTensor:
     layer: int | None
     runs: tuple[tuple[int, int], ...]
 
-    def pieces(self, reader: Reader, max_bytes: int = 32 << 20) -> Iterator[np.ndarray]:
-        """The rows in order, in arrays of at most `max_bytes` (at least one row)."""
-        itemsize = 2 if self.dtype != "float32" else 4
-        step = max(1, max_bytes // max(1, math.prod(self.shape[1:]) * itemsize))
-        for start, stop in self.runs:
-            for first in range(start, stop, step):
-                yield reader.read(self.key, first, min(stop, first + step), layer=self.layer)
 
-
-def plan_hf(reader: Reader, shape: Qwen2Shape, prefix: str = "", *, cut_vocab: bool = False) -> list[HfTensor]:
+def plan_hf(
+    reader: Reader, shape: Qwen2Shape, prefix: str = "", *, cut_vocab: bool = False, pad_vocab: bool = False
+) -> list[HfTensor]:
     """Where each Hugging Face tensor comes from; reads nothing yet.
 
-    `cut_vocab` drops stored vocabulary rows beyond `shape.vocab_rows` (Megatron's padding). Raises
+    `cut_vocab` drops stored vocabulary rows beyond `shape.vocab_rows` (Megatron's padding); `pad_vocab` plans
+    `shape.vocab_rows` rows where fewer are stored, whose `runs` then cover the stored ones only. Raises
     CheckpointError if the checkpoint's model tensors are not exactly those of `shape`: missing, of another
     shape or dtype, or unknown.
     """
@@ -311,15 +308,18 @@ def plan_hf(reader: Reader, shape: Qwen2Shape, prefix: str = "", *, cut_vocab: b
         used.add(key)
         info = stored[key]
         expected = (shape.layers, *row.shape) if stacked else row.shape
-        cut = row.is_vocabulary and cut_vocab and info.shape[1:] == expected[1:] and info.shape[0] > expected[0]
-        if info.shape != expected and not cut:
+        vocabulary = row.is_vocabulary and info.shape[1:] == expected[1:]
+        cut = vocabulary and cut_vocab and info.shape[0] > expected[0]
+        pad = vocabulary and pad_vocab and info.shape[0] < expected[0]
+        if info.shape != expected and not cut and not pad:
             raise CheckpointError(f"{reader.directory}: {key}: shape {info.shape}, expected {expected}")
         if info.dtype not in MODEL_DTYPES:
             raise CheckpointError(f"{reader.directory}: {key}: dtype {info.dtype}, expected {', '.join(MODEL_DTYPES)}")
         for part in row.parts:
             rows = sum(stop - start for start, stop in part.runs)
             layer = row.layer if stacked else None
-            plan.append(HfTensor(part.name, info.dtype, (rows, *row.shape[1:]), key, layer, part.runs))
+            runs = ((0, info.shape[0]),) if pad else part.runs
+            plan.append(HfTensor(part.name, info.dtype, (rows, *row.shape[1:]), key, layer, runs))
     unknown = sorted(set(stored) - used)
     if unknown:
         raise CheckpointError(f"{reader.directory}: {unknown[0]} is not a tensor of this Qwen2 ({len(unknown)} such)")

@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoint directories: find, read, write.
+"""Megatron's `torch_dist` checkpoint directories: find and read.
 
     <root>/latest_checkpointed_iteration.txt     "4" or "release"
     <root>/iter_0000004/ or <root>/release/
@@ -8,24 +8,18 @@
         __<rank>_<i>.distcp   the chunks, one torch.save archive after another
         common.pt          torch.save archive: args, iteration and whatever is not sharded
 
-Reading needs numpy only, trusts nothing (see `safe_pickle`) and touches only the bytes that are asked for.
-Writing uses torch's own classes and serialiser, imported when the first Writer is made. Layout source:
-megatron/core/dist_checkpointing/strategies/torch.py and megatron/training/checkpointing.py of Megatron-LM
-core_v0.14.0.
+Reading needs numpy only, trusts nothing (see `safe_pickle`), touches only the bytes that are asked for, and may be done
+from several threads. Writing is `torch_dist_writer`. Layout source: megatron/core/dist_checkpointing/strategies/torch.py
+and megatron/training/checkpointing.py of Megatron-LM core_v0.14.0.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import fcntl
 import json
 import math
 import os
-import pickle
 import re
-import shutil
-import sys
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tools.checkpoint import safe_pickle
+from tools.checkpoint.crc import combine
 from tools.checkpoint.errors import CheckpointError
 from tools.checkpoint.safe_pickle import (
     NUMPY_DTYPES,
@@ -58,7 +53,6 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-SHARD = "__0_0.distcp"
 BLOCK = 1 << 20
 
 Iteration = int | Literal["release"]
@@ -109,10 +103,19 @@ def write_tracker(root: str | os.PathLike, value: Iteration) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, Path(root) / TRACKER)
-        _fsync_directory(Path(root))
+        fsync_directory(Path(root))
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{Path(root) / TRACKER}: cannot be written ({error.strerror})") from None
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def resolve(path: str | os.PathLike, ckpt_step: int | None = None) -> Location:
@@ -276,23 +279,34 @@ class _Payload:
         self.next = 0
         self.crc = 0
         self.verified = False
+        self.lock = threading.Lock()
 
-    def read_into(self, position: int, view: memoryview) -> None:
+    def read_into(self, position: int, view: memoryview) -> int:
+        """Fill `view` from byte `position` of the elements on; returns its CRC-32."""
         position += self.start
-        if not self.verified and position != self.next:
-            self.finish()
-        self.member.source.read_into(self.member.position + position, view)
-        if not self.verified:
-            self._advance(view)
+        with self.lock:
+            if not self.verified and position != self.next:
+                self._finish()
+            self.member.source.read_into(self.member.position + position, view)
+            crc = zlib.crc32(view)
+            if not self.verified:
+                self._advance(crc, len(view))
+        return crc
 
     def finish(self) -> None:
-        while not self.verified:
-            size = min(BLOCK, self.member.size - self.next)
-            self._advance(memoryview(self.member.source.read(self.member.position + self.next, size)))
+        with self.lock:
+            self._finish()
 
-    def _advance(self, view: memoryview) -> None:
-        self.crc = zlib.crc32(view, self.crc)
-        self.next += len(view)
+    def _finish(self) -> None:
+        buffer = memoryview(bytearray(BLOCK))
+        while not self.verified:
+            view = buffer[: min(BLOCK, self.member.size - self.next)]
+            self.member.source.read_into(self.member.position + self.next, view)
+            self._advance(zlib.crc32(view), len(view))
+
+    def _advance(self, crc: int, length: int) -> None:
+        self.crc = combine(self.crc, crc, length)
+        self.next += length
         if self.next >= self.member.size:
             self.member.check(self.crc)
             self.verified = True
@@ -315,6 +329,7 @@ class Reader:
         self._files: dict[str, int] = {}
         self._payloads: dict[Chunk, _Payload] = {}
         self._tiled: set[str] = set()
+        self._lock = threading.Lock()
         self._check_ranges()
 
     @property
@@ -327,11 +342,15 @@ class Reader:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             if kind is None:
-                for payload in self._payloads.values():
-                    if payload.next:
-                        payload.finish()
+                self.verify()
         finally:
             self.close()
+
+    def verify(self) -> None:
+        """Complete the CRC of every chunk that has been read in part."""
+        for payload in self._payloads.values():
+            if payload.next:
+                payload.finish()
 
     def close(self) -> None:
         while self._files:
@@ -363,21 +382,26 @@ class Reader:
         Returns a new array in the element type of `safe_pickle.NUMPY_DTYPES` (bfloat16 as its bits in
         uint16).
         """
-        info = self._checked(key)
-        shape = info.shape
-        if layer is not None:
-            if not shape or not 0 <= layer < shape[0]:
-                raise CheckpointError(f"{self.directory}: {key}: no layer {layer} in the shape {shape}")
-            shape = shape[1:]
+        info, shape = self._shape(key, layer)
         scalar = shape == ()
         shape = shape or (1,)
         start, stop = 0 if start is None else start, shape[0] if stop is None else stop
-        if not 0 <= start <= stop <= shape[0]:
-            raise CheckpointError(f"{self.directory}: {key}: rows {start}:{stop} of a tensor of {shape[0]} rows")
-        out = np.empty((stop - start, *shape[1:]), NUMPY_DTYPES[info.dtype])
-        for chunk in info.chunks:
-            self._copy(key, info.dtype, chunk, layer, start, out)
+        out = np.empty((max(0, stop - start), *shape[1:]), NUMPY_DTYPES[info.dtype])
+        self.read_into(key, start, out, layer=layer)
         return out.reshape(()) if scalar else out
+
+    def read_into(self, key: str, start: int, out: np.ndarray, *, layer: int | None = None) -> int | None:
+        """As `read`, the rows from `start` on into `out`: C-contiguous, of the tensor's row shape and element type.
+
+        Returns the CRC-32 of `out` if one chunk gave all of it, and None otherwise.
+        """
+        info, shape = self._shape(key, layer)
+        shape = shape or (1,)
+        if not 0 <= start <= start + len(out) <= shape[0] or out.shape[1:] != shape[1:]:
+            raise CheckpointError(f"{self.directory}: {key}: rows {start}:{start + len(out)} of the shape {shape}")
+        crcs = [self._copy(key, info.dtype, chunk, layer, start, out) for chunk in info.chunks]
+        used = [crc for crc in crcs if crc is not None]
+        return used[0] if len(used) == 1 and used[0] >= 0 else None
 
     def read_torch(
         self, key: str, start: int | None = None, stop: int | None = None, *, layer: int | None = None
@@ -418,6 +442,14 @@ class Reader:
                     f"{self.directory / file}: {key} ends at byte {end}, but the file has {size} (truncated shard?)"
                 )
 
+    def _shape(self, key: str, layer: int | None) -> tuple[TensorInfo, tuple[int, ...]]:
+        info = self._checked(key)
+        if layer is None:
+            return info, info.shape
+        if not info.shape or not 0 <= layer < info.shape[0]:
+            raise CheckpointError(f"{self.directory}: {key}: no layer {layer} in the shape {info.shape}")
+        return info, info.shape[1:]
+
     def _checked(self, key: str) -> TensorInfo:
         info = self.tensors.get(key)
         if info is None:
@@ -434,11 +466,12 @@ class Reader:
 
     def _range(self, stored: _Range | Chunk, key: str) -> ByteRange:
         path = self.directory / stored.file
-        if stored.file not in self._files:
-            try:
-                self._files[stored.file] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        with self._lock:
+            if stored.file not in self._files:
+                try:
+                    self._files[stored.file] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         return ByteRange(self._files[stored.file], stored.position, stored.length, f"{path}: {key}")
 
     def _payload(self, key: str, dtype: str, chunk: Chunk) -> _Payload:
@@ -452,17 +485,21 @@ class Reader:
             if not tensor.contiguous:
                 raise CheckpointError(f"{source.where}: chunk {chunk.offset} is not stored contiguously")
             member = archive.member(f"data/{tensor.storage.key}")
-            self._payloads[chunk] = _Payload(member, tensor.offset * NUMPY_DTYPES[dtype].itemsize)
+            payload = _Payload(member, tensor.offset * NUMPY_DTYPES[dtype].itemsize)
+            return self._payloads.setdefault(chunk, payload)  # of two threads, one wins
         return self._payloads[chunk]
 
-    def _copy(self, key: str, dtype: str, chunk: Chunk, layer: int | None, start: int, out: np.ndarray) -> None:
-        """Copy what `chunk` holds of the rows [start, start + len(out)) into `out`."""
+    def _copy(self, key: str, dtype: str, chunk: Chunk, layer: int | None, start: int, out: np.ndarray) -> int | None:
+        """Copy what `chunk` holds of the rows [start, start + len(out)) into `out`.
+
+        Returns None if that is nothing, the CRC-32 of `out` if it is all of it, -1 if it is a part.
+        """
         offset, shape = chunk.offset, chunk.shape
         index = 0
         if layer is not None:
             index = layer - offset[0]
             if not 0 <= index < shape[0]:
-                return
+                return None
             offset, shape = offset[1:], shape[1:]
         offset, shape = offset or (0,), shape or (1,)
         first, last = max(start, offset[0]), min(start + len(out), offset[0] + shape[0])
@@ -471,15 +508,16 @@ class Reader:
             *(slice(o, o + s) for o, s in zip(offset[1:], shape[1:], strict=True)),
         )
         if first >= last or not out[box].size:
-            return
+            return None
         row = math.prod(shape[1:]) * out.itemsize
         position = (index * shape[0] + first - offset[0]) * row
         whole_rows = shape[1:] == out.shape[1:]
         target = out[box] if whole_rows else np.empty((last - first, *shape[1:]), out.dtype)
         view = memoryview(target.reshape(-1).view(np.uint8))
-        self._payload(key, dtype, chunk).read_into(position, view)
+        crc = self._payload(key, dtype, chunk).read_into(position, view)
         if not whole_rows:
             out[box] = target
+        return crc if target.size == out.size and whole_rows else -1
 
 
 def as_torch(value: np.ndarray | Tensor | NumpyArray, dtype: str | None = None) -> torch.Tensor:
@@ -493,218 +531,3 @@ def as_torch(value: np.ndarray | Tensor | NumpyArray, dtype: str | None = None) 
         return torch.from_numpy(value)
     flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return torch.from_numpy(flat).view(getattr(torch, dtype)).reshape(value.shape)
-
-
-# ---------------------------------------------------------------- writing
-
-
-class Writer:
-    """Builds one checkpoint directory in a hidden sibling and renames it whole in `finish`.
-
-    Use as a context manager: an error, or leaving without `finish`, leaves nothing behind. What a killed
-    writer left is removed by the next one. Memory: one chunk. Equal inputs give equal bytes.
-    """
-
-    def __init__(self, directory: str | os.PathLike, *, replace: bool = False):
-        self.directory = Path(directory)
-        self._replace = replace
-        self._tensors: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        self._entries: dict[str, Any] = {}
-        self._storage: dict[Any, Any] = {}
-        self._finished = False
-
-    def __enter__(self) -> Writer:
-        parent = self.directory.parent
-        if self.directory.exists() and not self._replace:
-            raise CheckpointError(f"{self.directory}: exists already")
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            _clean(parent)
-            self._temporary = parent / f".{self.directory.name}.writing-{os.getpid()}"
-            self._temporary.mkdir()
-            self._lock = os.open(self._temporary, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody removes anything either
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._shard = open(self._temporary / SHARD, "wb")  # noqa: SIM115 (closed in finish or __exit__)
-        except OSError as error:
-            raise CheckpointError(f"{self.directory}: cannot be written ({error.strerror})") from None
-        return self
-
-    def __exit__(self, kind: Any, error: Any, _traceback: Any) -> None:
-        with contextlib.suppress(OSError):  # on a full disk close fails too; what counts was synced in finish
-            self._shard.close()
-        if not self._finished:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        os.close(self._lock)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{self.directory}: cannot be written ({error.strerror})") from error
-        if kind is None and not self._finished:
-            raise CheckpointError(f"{self.directory}: left without finish(), nothing was written")
-
-    def add_tensor(
-        self,
-        key: str,
-        tensor: torch.Tensor,
-        *,
-        global_shape: Sequence[int] | None = None,
-        offset: Sequence[int] | None = None,
-    ) -> None:
-        """Write `tensor` as the box at `offset` of the tensor `key` of shape `global_shape` (default: all of
-        it).
-        """
-        import torch
-        from torch.distributed.checkpoint.metadata import (
-            ChunkStorageMetadata,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
-        key = sys.intern(key)
-        size = torch.Size(tensor.shape if global_shape is None else global_shape)
-        at = torch.Size([0] * len(size) if offset is None else offset)
-        entry = self._entries.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
-        if not isinstance(entry, TensorStorageMetadata) or entry.size != size or entry.properties.dtype != tensor.dtype:
-            raise CheckpointError(f"{self.directory}: {key}: {tensor.dtype} {tuple(size)} contradicts an earlier chunk")
-        entry.chunks.append(ChunkStorageMetadata(at, torch.Size(tensor.shape)))
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes the whole storage of a view
-            tensor = tensor.clone()
-        self._save(key, at, tensor)
-
-    def add_object(self, key: str, value: Any) -> None:
-        """Write a picklable object of constants, containers, torch tensors and numpy arrays."""
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-        key = sys.intern(key)
-        if key in self._entries:
-            raise CheckpointError(f"{self.directory}: {key}: is added twice")
-        self._entries[key] = BytesStorageMetadata()
-        self._save(key, None, [_plain(value, key)])
-
-    def finish(self, common: dict[str, Any]) -> None:
-        """Complete the directory with `common` (keys `args`, an argparse.Namespace of constants, and
-        `iteration` at least) and give it its name.
-        """
-        from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-
-        for key, entry in self._entries.items():
-            if isinstance(entry, TensorStorageMetadata):
-                check_tiling(entry.size, [(c.offsets, c.sizes) for c in entry.chunks], f"{self.directory}: {key}")
-        self._sync(self._shard)
-        metadata = Metadata(self._entries, None, self._storage, StorageMeta())
-        self._write(".metadata", lambda file: pickle.dump(metadata, file, protocol=4))
-        self._write("common.pt", lambda file: _torch_save(_common(common, self.directory), file))
-        self._write("metadata.json", lambda file: file.write(json.dumps(FORMAT).encode()))
-        _fsync_directory(self._temporary)
-        self._publish()
-        self._finished = True
-
-    def _save(self, key: str, offset: Any, value: Any) -> None:
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        index = MetadataIndex(key, offset)
-        if index in self._storage:
-            raise CheckpointError(f"{self.directory}: {key}: chunk {tuple(offset)} is added twice")
-        start = self._shard.tell()
-        _torch_save(value, self._shard)
-        self._storage[index] = _StorageInfo(SHARD, start, self._shard.tell() - start)
-
-    def _write(self, name: str, write: Any) -> None:
-        with open(self._temporary / name, "wb") as file:
-            write(file)
-            self._sync(file)
-
-    @staticmethod
-    def _sync(file: Any) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-
-    def _publish(self) -> None:
-        old = self.directory.with_name(f".{self.directory.name}.replaced")
-        if self._replace and self.directory.exists():
-            self.directory.rename(old)
-        self._temporary.rename(self.directory)
-        _fsync_directory(self.directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _torch_save(value: Any, file: Any) -> None:
-    import torch
-
-    try:
-        torch.save(value, file)
-    except RuntimeError as error:  # how torch reports a write that failed underneath it
-        raise CheckpointError(f"{file.name}: cannot be written ({error})") from error
-
-
-def _common(common: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """What Megatron's load_checkpoint asks for: without these it dies, or reorders weights of 'version 0'."""
-    args = common.get("args")
-    if not isinstance(args, argparse.Namespace) or "iteration" not in common:
-        raise CheckpointError(f"{directory}: common.pt needs `args` (argparse.Namespace) and `iteration`")
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if not hasattr(args, name):
-            raise CheckpointError(f"{directory}: common.pt needs args.{name}")
-    complete = {
-        "checkpoint_version": 3.0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"chained_optim_avoid_prefix": True, "singleton_local_shards": False},
-    }
-    return _plain({**complete, **common}, "common.pt")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy made of constants, containers, tensors and arrays only, which any reader can load without our
-    classes.
-
-    Strings are interned and containers rebuilt: pickle writes a repeated object as a reference, so that equal
-    values would otherwise give different bytes.
-    """
-    import torch
-
-    if isinstance(value, str):
-        return sys.intern(str(value))
-    if value is None or isinstance(value, bool | int | float | bytes | torch.dtype):
-        return value
-    if isinstance(value, dict):
-        return {_plain(k, where): _plain(v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**_plain(vars(value), where))
-    if type(value) in (list, tuple):
-        return type(value)(_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone().contiguous()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return np.array(value, order="C")
-    raise CheckpointError(f"{where}: a {type(value).__name__} cannot be stored in a checkpoint")
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _clean(parent: Path) -> None:
-    """Undo what killed writers left in `parent`: a half-written directory whose lock the kernel has released,
-    and one set aside by a replacement that did not happen.
-    """
-    for path in parent.glob(".*.writing-*"):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(fd)
-    for path in parent.glob(".*.replaced"):
-        original = path.with_name(path.name[1 : -len(".replaced")])
-        if original.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.rename(original)

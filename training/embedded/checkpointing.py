@@ -19,7 +19,7 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
-from tools.checkpoint import qwen2_layout, torch_dist
+from tools.checkpoint import qwen2_layout, torch_dist, torch_dist_writer
 from training.embedded.errors import TrainingError
 from training.embedded.optimization import MainParamOptimizer, load_scheduler
 
@@ -71,7 +71,7 @@ def save(
         for kind in ("exp_avg", "exp_avg_sq"):
             tensors[f"optimizer.state.{kind}."] = optimizer.moments(kind)
     # A run that was killed before the tracker moved comes here again, with the same content.
-    with torch_dist.Writer(directory, replace=True) as writer:
+    with torch_dist_writer.Writer(directory, replace=True) as writer:
         for prefix, named in tensors.items():
             for entry in qwen2_layout.to_megatron(lambda name, named=named: named[name].detach().cpu(), shape, prefix):
                 writer.add_tensor(entry.key, entry.tensor, global_shape=entry.global_shape, offset=entry.offset)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.conftest import REPO, ok, run
-from tools.checkpoint import qwen2_layout, safe_pickle, torch_dist
+from tools.checkpoint import qwen2_layout, safe_pickle, torch_dist, torch_dist_writer
 from tools.checkpoint.errors import CheckpointError
 from tools.checkpoint.qwen2_layout import Qwen2Shape
 
@@ -109,7 +109,7 @@ def random_hf(shape: Qwen2Shape, seed: int, dtype: torch.dtype = torch.bfloat16)
 
 def write(directory: Path, shape: Qwen2Shape, weights: dict[str, torch.Tensor], prefix: str = "") -> None:
     """A checkpoint of `weights` with the least that common.pt needs."""
-    with torch_dist.Writer(directory, replace=True) as writer:
+    with torch_dist_writer.Writer(directory, replace=True) as writer:
         for entry in qwen2_layout.to_megatron(weights.__getitem__, shape, prefix):
             writer.add_tensor(entry.key, entry.tensor, global_shape=entry.global_shape, offset=entry.offset)
         for key in qwen2_layout.extra_state_keys(shape):
@@ -152,7 +152,7 @@ def test_rewritten_checkpoint_loads_in_megatron_core(megatron_checkpoint, tmp_pa
         for key, value in vars(common["args"]).items()
         if not key.startswith("_") and (value is None or type(value) in (bool, int, float, str))
     }
-    with torch_dist.Writer(tmp_path / "release") as writer:
+    with torch_dist_writer.Writer(tmp_path / "release") as writer:
         for entry in qwen2_layout.to_megatron(weights.__getitem__, shape):
             writer.add_tensor(entry.key, entry.tensor, global_shape=entry.global_shape, offset=entry.offset)
         for key in qwen2_layout.extra_state_keys(shape):
@@ -305,17 +305,17 @@ def test_resolve(small):
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="my own"), torch_dist.Writer(tmp_path / "iter_0000001") as writer:
+    with pytest.raises(RuntimeError, match="my own"), torch_dist_writer.Writer(tmp_path / "iter_0000001") as writer:
         writer.add_tensor("a", torch.zeros(2))
         raise RuntimeError("my own")
-    with pytest.raises(CheckpointError, match="without finish"), torch_dist.Writer(tmp_path / "iter_0000001"):
+    with pytest.raises(CheckpointError, match="without finish"), torch_dist_writer.Writer(tmp_path / "iter_0000001"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hole_in_a_tensor_is_refused(tmp_path):
     args = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    with pytest.raises(CheckpointError, match="a: "), torch_dist.Writer(tmp_path / "iter_0000001") as writer:
+    with pytest.raises(CheckpointError, match="a: "), torch_dist_writer.Writer(tmp_path / "iter_0000001") as writer:
         writer.add_tensor("a", torch.zeros(1, 2), global_shape=(2, 2), offset=(0, 0))
         writer.finish({"args": args, "iteration": 1})
     assert list(tmp_path.iterdir()) == []
@@ -323,9 +323,9 @@ def test_a_hole_in_a_tensor_is_refused(tmp_path):
 
 def test_an_existing_checkpoint_is_kept_unless_replaced(small):
     before = read_all(small)
-    with pytest.raises(CheckpointError, match="exists already"), torch_dist.Writer(small):
+    with pytest.raises(CheckpointError, match="exists already"), torch_dist_writer.Writer(small):
         pass
-    with pytest.raises(RuntimeError), torch_dist.Writer(small, replace=True) as writer:
+    with pytest.raises(RuntimeError), torch_dist_writer.Writer(small, replace=True) as writer:
         writer.add_tensor("a", torch.zeros(2))
         raise RuntimeError
     assert read_all(small) == before
@@ -333,8 +333,8 @@ def test_an_existing_checkpoint_is_kept_unless_replaced(small):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     program = (
-        "import sys, os, signal, torch; from pathlib import Path; from tools.checkpoint import torch_dist\n"
-        "with torch_dist.Writer(Path(sys.argv[1])) as w:\n"
+        "import sys, os, signal, torch; from pathlib import Path; from tools.checkpoint import torch_dist_writer\n"
+        "with torch_dist_writer.Writer(Path(sys.argv[1])) as w:\n"
         "    w.add_tensor('a', torch.zeros(1000))\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import REPO, ok, run
-from tools.checkpoint import qwen2_layout, torch_dist
+from tools.checkpoint import qwen2_layout, torch_dist, torch_dist_writer
 from tools.checkpoint.qwen2_layout import Qwen2Shape
 
 WORDS = 500
@@ -86,7 +86,7 @@ def build(folder: Path) -> dict[str, str]:
         for part in row.parts
     }
     weights = {name: weight(name) for name in sizes}
-    with torch_dist.Writer(folder / "init" / "release") as writer:
+    with torch_dist_writer.Writer(folder / "init" / "release") as writer:
         for entry in qwen2_layout.to_megatron(weights.__getitem__, SHAPE):
             writer.add_tensor(entry.key, entry.tensor, global_shape=entry.global_shape, offset=entry.offset)
         for key in qwen2_layout.extra_state_keys(SHAPE):

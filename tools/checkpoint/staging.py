@@ -1,0 +1,274 @@
+"""An output directory that appears whole or not at all, and can be gone on with after a kill.
+
+Everything is written to a hidden sibling, `.<name>.partial`, which `publish` renames. Work is done in items; after an item
+its byte ranges and their CRC-32 go into a journal in the same directory. With `resume`, an item that the journal of an
+equal job lists is skipped once its bytes have been read back and found to match: nothing is trusted because it is there.
+
+    error             the partial directory is removed
+    Ctrl-C, SIGTERM   it is kept for --resume, as after a kill
+    next run          removes it, or with --resume goes on with it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tools.checkpoint.errors import CheckpointError
+
+JOURNAL = ".journal.jsonl"
+PIECE = 4 << 20
+
+Range = tuple[str, int, int, int]  # file, offset, length, CRC-32
+
+
+class Staging:
+    """Use as a context manager around all writing; leaving it without `publish` leaves no output.
+
+    job: what decides the output, as JSON data; a journal of another job is not resumed. inputs: directories that the
+    output must not replace. size: bytes that will be written, checked against the free space before anything is.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        job: dict[str, Any],
+        size: int,
+        inputs: Iterable[Path] = (),
+        force: bool = False,
+        resume: bool = False,
+        fsync: bool = False,
+    ):
+        self.directory = Path(os.path.realpath(directory))
+        self.partial = self.directory.with_name(f".{self.directory.name}.partial")
+        self._old = self.directory.with_name(f".{self.directory.name}.replaced")
+        self._job = json.loads(json.dumps(job))
+        self._size, self._force, self._resume, self._fsync = size, force, resume, fsync
+        self._inputs = [Path(os.path.realpath(path)) for path in inputs]
+        self._files: dict[str, int] = {}
+        self._done: dict[str, list[Range]] = {}
+        self._lock = threading.Lock()
+        self._made: list[Path] = []
+        self._owner = self._journal = -1
+        self._published = False
+
+    # ---- life
+
+    def __enter__(self) -> Staging:
+        self._check_target()
+        try:
+            self._make_parents()
+            self._recover()
+            self._take_over()
+            self._check_space()
+        except OSError as error:
+            self._leave(keep=False)
+            raise CheckpointError(f"{self.directory}: cannot be written ({error.strerror or error})") from None
+        except BaseException:
+            self._leave(keep=True)
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, _traceback: Any) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._leave(keep=interrupted)
+        if interrupted and self.partial.exists():
+            print(f"finished parts are kept in {self.partial}: --resume goes on with them", file=sys.stderr)
+        if isinstance(error, OSError):
+            raise CheckpointError.of(error, self.directory) from error
+
+    def publish(self) -> None:
+        """Give the directory its name. The old one is set aside first and removed last."""
+        if self._fsync:
+            for path in [*self.partial.rglob("*"), self.partial]:
+                _sync(path)
+        self._close_files()
+        (self.partial / JOURNAL).unlink()
+        if self._force and self.directory.exists():
+            self.directory.rename(self._old)
+        self.partial.rename(self.directory)
+        if self._fsync:
+            _sync(self.directory.parent)
+        self._published = True
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    # ---- files
+
+    def create(self, name: str, size: int) -> None:
+        """A file of `size` bytes to be filled by `write`; what an interrupted run has put in it stays."""
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._files[name] = fd
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, size)
+
+    def write(self, name: str, offset: int, view: memoryview) -> None:
+        """Put the bytes of `view` at `offset` of a created file; any thread."""
+        fd, done = self._files[name], 0
+        try:
+            while done < len(view):
+                done += os.pwritev(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError.of(error, self.partial / name) from error
+
+    def write_text(self, name: str, text: str) -> None:
+        (self.partial / name).write_text(text, encoding="utf-8")
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        (self.partial / name).write_bytes(content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        shutil.copyfile(source, self.partial / (name or source.name))
+
+    # ---- items
+
+    def done(self, item: str) -> bool:
+        """Whether the journal lists `item` and its bytes are there unchanged."""
+        ranges = self._done.get(item)
+        return ranges is not None and all(self._matches(*one) for one in ranges)
+
+    def record(self, item: str, ranges: Iterable[Range]) -> None:
+        """Note that `item` is finished; any thread."""
+        line = json.dumps([item, list(ranges)], separators=(",", ":")) + "\n"
+        with self._lock:
+            os.write(self._journal, line.encode())
+
+    def _matches(self, name: str, offset: int, length: int, crc: int) -> bool:
+        found, position, fd = 0, offset, self._files.get(name)
+        while fd is not None and position < offset + length:
+            data = os.pread(fd, min(PIECE, offset + length - position), position)
+            if not data:
+                return False
+            found = zlib.crc32(data, found)
+            position += len(data)
+        return fd is not None and found == crc
+
+    # ---- details
+
+    def _check_target(self) -> None:
+        for path in self._inputs:
+            if path == self.directory or self.directory in path.parents:
+                raise CheckpointError(f"{self.directory}: the output would replace its own input {path}")
+        if not os.path.lexists(self.directory):
+            return
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: expected a directory to write, found a file")
+        try:
+            filled = any(self.directory.iterdir())
+        except OSError as error:
+            raise CheckpointError.of(error, self.directory) from None
+        if filled and not self._force:
+            raise CheckpointError(f"{self.directory}: exists and is not empty; -f replaces it")
+
+    def _make_parents(self) -> None:
+        missing = [path for path in [*reversed(self.directory.parents)] if not path.exists()]
+        for path in missing:
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
+
+    def _recover(self) -> None:
+        """Bring back what a run set aside that was killed between its two renames."""
+        if self._old.exists():
+            if self.directory.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.directory)
+                self._check_target()
+
+    def _take_over(self) -> None:
+        """Lock the partial directory, then keep its finished items or start clean."""
+        if self.partial.exists():
+            self._own()
+            if self._resume and self._read_journal():
+                self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_APPEND)
+                return
+            shutil.rmtree(self.partial)
+            os.close(self._owner)
+            self._owner = -1
+        self.partial.mkdir()
+        self._own()
+        self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(self._journal, (json.dumps(self._job) + "\n").encode())
+
+    def _own(self) -> None:
+        self._owner = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.directory}: another process is writing it (in {self.partial})") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _read_journal(self) -> bool:
+        try:
+            lines = (self.partial / JOURNAL).read_text(encoding="utf-8").splitlines()
+            same = json.loads(lines[0]) == self._job
+            entries = [_entry(line) for line in lines[1:]] if same else []
+        except (OSError, ValueError, IndexError):
+            same, entries = False, []
+        if not same:
+            print("--resume: what is there is of another job or damaged; starting clean", file=sys.stderr)
+            return False
+        self._done = dict(entry for entry in entries if entry)
+        return True
+
+    def _check_space(self) -> None:
+        staged = sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.partial).free
+        if self._size - staged > free:
+            self._leave(keep=self._resume)
+            raise CheckpointError(
+                f"{self.directory}: {self._size - staged} bytes more are needed, the disk has {free} free"
+            )
+
+    def _close_files(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def _leave(self, *, keep: bool) -> None:
+        with contextlib.suppress(OSError):
+            self._close_files()
+        mine = self._owner >= 0
+        if mine and not self._published and not keep:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if mine:
+            os.close(self._owner)
+            self._owner = -1
+        if not self._published:
+            for path in reversed(self._made):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # only if it is empty
+
+
+def _entry(line: str) -> tuple[str, list[Range]] | None:
+    """One line of a journal; None for the last line of a killed run, which may be cut."""
+    try:
+        item, ranges = json.loads(line)
+        return str(item), [(str(f), int(o), int(n), int(c)) for f, o, n, c in ranges]
+    except (ValueError, TypeError):
+        return None
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
