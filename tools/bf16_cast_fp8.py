@@ -131,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tensor_parallel_note(config: dict[str, Any], path: Path, wanted: int | None) -> str:
-    """Which tensor parallel sizes an engine accepts these blocks at, in words. Raises CheckpointError if not `wanted`."""
+    """Which tensor parallel sizes an engine accepts these blocks at, in words. Raises CheckpointError if not
+    `wanted`.
+    """
     problems: dict[int, str | None] = {}
     for size in sorted({*TENSOR_PARALLEL_SIZES, *([wanted] if wanted else [])}):
         try:

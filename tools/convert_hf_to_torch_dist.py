@@ -4,13 +4,14 @@
   python tools/convert_hf_to_torch_dist.py --input-dir models/Qwen2.5-7B --output-dir models/Qwen2.5-7B_torch_dist
 
 The output is a `release` checkpoint, weights without optimizer, that the pinned Megatron-LM and slime start from:
---pretrained-checkpoint (INIT_CHECKPOINT of the CPT recipes), --load with --finetune, --ref-load (REF_LOAD of SFT and RL).
-It loads at every tensor and pipeline parallel size; --tensor-model-parallel-size only cuts the stored chunks so that each
-rank of a run of that size reads its own.
+--pretrained-checkpoint (INIT_CHECKPOINT of the CPT recipes), --load with --finetune, --ref-load (REF_LOAD of SFT and
+RL). It loads at every tensor and pipeline parallel size; --tensor-model-parallel-size only cuts the stored chunks so
+that each rank of a run of that size reads its own.
 
-Vocabulary rows: as many as vocab_size of config.json. With --make-vocab-size-divisible-by N they are padded, as Megatron
-pads them, to a multiple of N times the tensor parallel size. Padding rows are zeros: the logits of real tokens stay the
-same, but Megatron's loss is a softmax over all rows, so every padding row adds exp(0) to its denominator.
+Vocabulary rows: as many as vocab_size of config.json. With --make-vocab-size-divisible-by N they are padded, as
+Megatron pads them, to a multiple of N times the tensor parallel size. Padding rows are zeros: the logits of real
+tokens stay the same, but Megatron's loss is a softmax over all rows, so every padding row adds exp(0) to its
+denominator.
 
 Needs no Megatron, CUDA or torch; memory does not grow with the model. The output appears whole or not at all; after an
 interruption the same command with --resume goes on.

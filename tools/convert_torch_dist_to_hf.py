@@ -6,15 +6,16 @@
     --output-dir models/InfiR2-7B \\
     --origin-hf-dir models/Qwen2.5-7B
 
---input-dir is the root of the checkpoints (its latest_checkpointed_iteration.txt decides, --ckpt-step overrides it), one
-iter_XXXXXXX, or a release directory. Any tensor or pipeline parallel size, with or without the distributed optimizer.
+--input-dir is the root of the checkpoints (its latest_checkpointed_iteration.txt decides, --ckpt-step overrides it),
+one iter_XXXXXXX, or a release directory. Any tensor or pipeline parallel size, with or without the distributed
+optimizer.
 
 --origin-hf-dir gives config.json, which is compared with the checkpoint first, and every file beside the weights:
 tokenizer, chat template, generation configuration. Its weights are not read and need not be there.
 
-Only the byte ranges of model weights are read, in pieces: memory does not grow with the model, and optimizer states cost
-nothing. No pickle is executed, no CUDA, Megatron or torch is needed. The output appears whole or not at all; after an
-interruption the same command with --resume goes on.
+Only the byte ranges of model weights are read, in pieces: memory does not grow with the model, and optimizer states
+cost nothing. No pickle is executed, no CUDA, Megatron or torch is needed. The output appears whole or not at all;
+after an interruption the same command with --resume goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""The block-FP8 cast of `block_fp8` as one fused loop for the CPU: the same bits, at the speed of a bare type conversion.
+"""The block-FP8 cast of `block_fp8` as one fused loop for the CPU: the same bits, at the speed of a bare type
+conversion.
 
 Works on raw bit patterns, since numpy knows no bfloat16. Two facts make it short and fast:
 
-- the magnitude of a floating-point number orders like its bits read as an unsigned integer, so amax is an integer maximum;
-- adding 2**20 * e to a number of binade e makes the float32 adder round it to E4M3's spacing, ties to even; the binade is
+- the magnitude of a floating-point number orders like its bits read as an unsigned integer, so amax is an integer
+  maximum;
+- adding 2**20 * e to a number of binade e makes the float32 adder round it to E4M3's spacing, ties to even; the
+  binade is
   floored at 2**-6, which makes subnormals fall out of the same line. (`block_fp8` rounds with the same addition.)
 
 No fast-math: LLVM must keep IEEE rounding. Import this module only where numba is installed.

@@ -1,8 +1,8 @@
 """CRC-32 of a concatenation, from the CRC-32 of its parts.
 
-A CRC is the remainder of a polynomial over GF(2); appending n bytes multiplies it by x**(8n). So one pass over each piece
-of a tensor serves two checks: that of the archive it comes from and that of the file it goes to. The arithmetic is zlib's
-(crc32_combine_op in crc32.c of zlib 1.2.12), which Python's zlib module does not offer.
+A CRC is the remainder of a polynomial over GF(2); appending n bytes multiplies it by x**(8n). So one pass over each
+piece of a tensor serves two checks: that of the archive it comes from and that of the file it goes to. The arithmetic
+is zlib's (crc32_combine_op in crc32.c of zlib 1.2.12), which Python's zlib module does not offer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a block-FP8 checkpoint is made of, and the kernel that casts to it on this machine.
 
-The format is DeepSeek-V3's, which SGLang, vLLM, transformers and slime's weight sync read: `<module>.weight` in E4M3 with
-`<module>.weight_scale_inv` in float32, one number per 128x128 block, and `quantization_config` in config.json.
+The format is DeepSeek-V3's, which SGLang, vLLM, transformers and slime's weight sync read: `<module>.weight` in E4M3
+with `<module>.weight_scale_inv` in float32, one number per 128x128 block, and `quantization_config` in config.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ SCALE_SUFFIX = "_scale_inv"
 SCALE_FORMAT_KEY, FORMULA_KEY = "fp8_scale_format", "fp8_scale_formula"  # in the metadata of each file
 CASTABLE = ("BF16", "F16", "F32")
 
-# The projections of a decoder layer: what slime quantises when it syncs weights (megatron_to_hf/__init__.py:86 at the pin)
-# and what inference engines hold as quantised linear layers. Routers, norms, embeddings and lm_head do not end in _proj.
+# The projections of a decoder layer: what slime quantises when it syncs weights (megatron_to_hf/__init__.py:86 at the
+# pin) and what inference engines hold as quantised linear layers. Routers, norms, embeddings and lm_head do not end
+# in _proj.
 _LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.(?:\S+\.)?\w*_proj(?:_with_mqa)?\.weight")
 _NOT_TEXT = re.compile(r"(?:^|\.)(?:visual|vision|audio)|\beh_proj\.")
 
@@ -62,8 +63,8 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def quantization_config(kept: Iterable[Entry]) -> dict[str, Any]:
     """The entry for config.json. `kept`: the tensors that are not cast.
 
-    Both spellings of the list of layers left alone: SGLang and transformers read either, vLLM `ignored_layers`. It always
-    names lm_head, which is a module of its own in tied models as well.
+    Both spellings of the list of layers left alone: SGLang and transformers read either, vLLM `ignored_layers`. It
+    always names lm_head, which is a module of its own in tied models as well.
     """
     modules = {"lm_head"}
     for entry in kept:
@@ -96,8 +97,8 @@ class Kernel:
 
 
 def kernel(device: Literal["auto", "cpu", "cuda"], rule: Rule) -> Kernel:
-    """The fastest kernel here: numba's on a CPU, else torch's. On a GPU a cast waits for the disk all the same, so "auto"
-    takes CUDA only where numba is missing. Raises CheckpointError where nothing fits.
+    """The fastest kernel here: numba's on a CPU, else torch's. On a GPU a cast waits for the disk all the same, so
+    "auto" takes CUDA only where numba is missing. Raises CheckpointError where nothing fits.
     """
     if device in ("auto", "cpu"):
         try:

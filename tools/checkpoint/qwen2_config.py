@@ -164,8 +164,8 @@ def check_tensor_parallel(shape: Qwen2Shape, size: int, path: Path) -> None:
 def fp8_tensor_parallel_problem(config: dict[str, Any], size: int) -> str | None:
     """Why an inference engine refuses block-FP8 weights of this model at a tensor parallel size; None if it does not.
 
-    SGLang (layers/quantization/fp8.py) and vLLM want whole 128-blocks on every rank. Key/value heads are replicated where
-    there are fewer than ranks. At size 1 nothing is cut, so nothing must align.
+    SGLang (layers/quantization/fp8.py) and vLLM want whole 128-blocks on every rank. Key/value heads are replicated
+    where there are fewer than ranks. At size 1 nothing is cut, so nothing must align.
     """
     if size == 1:
         return None

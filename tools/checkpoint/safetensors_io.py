@@ -1,8 +1,9 @@
 """Hugging Face checkpoint directories: safetensors files by byte range, their index, and everything beside the weights.
 
-A safetensors file is 8 bytes of header length, a JSON header with dtype, shape and byte range of every tensor, and the raw
-little-endian elements. The safetensors library checks each header (no holes, no overlap, sizes that fit the file); the
-ranges are then read straight from the file, because the library hands out whole tensors only, and no bfloat16 in numpy.
+A safetensors file is 8 bytes of header length, a JSON header with dtype, shape and byte range of every tensor, and
+the raw little-endian elements. The safetensors library checks each header (no holes, no overlap, sizes that fit the
+file); the ranges are then read straight from the file, because the library hands out whole tensors only, and no
+bfloat16 in numpy.
 """
 
 from __future__ import annotations
@@ -218,7 +219,9 @@ def _read_file(path: Path) -> tuple[list[Entry], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A safetensors file to be filled: `header` (with its length) at byte 0, tensors at `offsets`, `size` bytes in all."""
+    """A safetensors file to be filled: `header` (with its length) at byte 0, tensors at `offsets`, `size` bytes in
+    all.
+    """
 
     header: bytes
     offsets: dict[str, int]
@@ -226,7 +229,9 @@ class Plan:
 
 
 def plan_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = METADATA) -> Plan:
-    """Lay out (name, safetensors dtype, shape) tensors in the given order, wide elements first so that each is aligned."""
+    """Lay out (name, safetensors dtype, shape) tensors in the given order, wide elements first so that each is
+    aligned.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     ordered = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor[1]])
     position = 0

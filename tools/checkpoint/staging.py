@@ -1,8 +1,9 @@
 """An output directory that appears whole or not at all, and can be gone on with after a kill.
 
-Everything is written to a hidden sibling, `.<name>.partial`, which `publish` renames. Work is done in items; after an item
-its byte ranges and their CRC-32 go into a journal in the same directory. With `resume`, an item that the journal of an
-equal job lists is skipped once its bytes have been read back and found to match: nothing is trusted because it is there.
+Everything is written to a hidden sibling, `.<name>.partial`, which `publish` renames. Work is done in items; after an
+item its byte ranges and their CRC-32 go into a journal in the same directory. With `resume`, an item that the journal
+of an equal job lists is skipped once its bytes have been read back and found to match: nothing is trusted because it
+is there.
 
     error             the partial directory is removed
     Ctrl-C, SIGTERM   it is kept for --resume, as after a kill

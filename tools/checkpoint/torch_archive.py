@@ -4,8 +4,9 @@ A torch.save archive is a ZIP of STORED members: a pickle that rebuilds the obje
 Every size is known before the first byte, so an `Archive` is laid out ahead: its place in a file can be reserved, its
 elements written from any thread in any order, and the few bytes around them last, once their CRC is known.
 
-Pickles name classes of torch by module and name (`Named`, `Call`, `Instance`); nothing is imported. No value is written as
-a reference to an earlier one, so equal inputs give equal bytes. The counterpart that reads is `safe_pickle`.
+Pickles name classes of torch by module and name (`Named`, `Call`, `Instance`); nothing is imported. No value is
+written as a reference to an earlier one, so equal inputs give equal bytes. The counterpart that reads is
+`safe_pickle`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@
         common.pt          torch.save archive: args, iteration and whatever is not sharded
 
 Reading needs numpy only, trusts nothing (see `safe_pickle`), touches only the bytes that are asked for, and may be done
-from several threads. Writing is `torch_dist_writer`. Layout source: megatron/core/dist_checkpointing/strategies/torch.py
-and megatron/training/checkpointing.py of Megatron-LM core_v0.14.0.
+from several threads. Writing is `torch_dist_writer`. Layout source:
+megatron/core/dist_checkpointing/strategies/torch.py and megatron/training/checkpointing.py of Megatron-LM
+core_v0.14.0.
 """
 
 from __future__ import annotations

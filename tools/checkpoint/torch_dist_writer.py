@@ -1,9 +1,9 @@
 """Write Megatron's `torch_dist` checkpoint directories without Megatron and without torch.
 
-`Layout` plans a directory: every chunk gets its place in one shard file before anything is written, so that a caller can
-fill it from any number of threads (`tools/convert_hf_to_torch_dist.py`). `Writer` is the simple use of it, one tensor after
-another (the embedded engine's checkpoints). Both write the pickles that torch's and Megatron's own classes would
-(`torch_archive`); what a directory holds is described in `torch_dist`.
+`Layout` plans a directory: every chunk gets its place in one shard file before anything is written, so that a caller
+can fill it from any number of threads (`tools/convert_hf_to_torch_dist.py`). `Writer` is the simple use of it, one
+tensor after another (the embedded engine's checkpoints). Both write the pickles that torch's and Megatron's own
+classes would (`torch_archive`); what a directory holds is described in `torch_dist`.
 """
 
 from __future__ import annotations
@@ -301,8 +301,8 @@ class Writer:
 
 
 def _clean(parent: Path) -> None:
-    """Undo what killed writers left in `parent`: a half-written directory whose lock the kernel has released, and one set
-    aside by a replacement that did not happen.
+    """Undo what killed writers left in `parent`: a half-written directory whose lock the kernel has released, and one
+    set aside by a replacement that did not happen.
     """
     for path in parent.glob(".*.writing-*"):
         fd = os.open(path, os.O_RDONLY)
