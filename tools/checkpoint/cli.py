@@ -27,8 +27,8 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Run a command's `main`: an error is one line on stderr and status 1, a signal unwinds like Ctrl-C."""
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, *, trouble: int = 1) -> int:
+    """Run a command's `main`: an error is one line on stderr and status `trouble`, a signal unwinds like Ctrl-C."""
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -36,13 +36,16 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     try:
         return main(argv)
     except CheckpointError as error:
-        message, status = str(error), 1
+        message, status = str(error), trouble
+    except BrokenPipeError:  # the reader of the output has gone: no message, as of any filter
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         message, status = "interrupted", getattr(error, "status", INTERRUPTED)
     except MemoryError:
-        message, status = "out of memory", 1
+        message, status = "out of memory", trouble
     except OSError as error:
-        message, status = str(CheckpointError.of(error)), 1
+        message, status = str(CheckpointError.of(error)), trouble
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
