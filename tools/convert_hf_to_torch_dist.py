@@ -45,6 +45,7 @@ from tools.checkpoint.torch_dist_writer import SHARD, Layout, Slot  # noqa: E402
 
 RELEASE = "release"
 COLUMN_SPLIT = (f"{LAYERS}self_attention.linear_proj.weight", f"{LAYERS}mlp.linear_fc2.weight")
+GATE_AND_UP = f"{LAYERS}mlp.linear_fc1.weight"
 VOCABULARY_CHUNK = 64 << 20  # a large table in several chunks: several threads write it
 
 
@@ -221,7 +222,7 @@ def _row_cuts(row: Row, ranks: int, row_bytes: int) -> Iterator[tuple[int, int]]
     if row.key in COLUMN_SPLIT or "layernorm" in row.key or "layer_norm" in row.key:
         yield 0, rows
         return
-    blocks = len(row.parts) if all(len(part.runs) == 1 for part in row.parts) else 1  # gate and up lie apart
+    blocks = 2 if row.key == GATE_AND_UP else 1  # all of gate, then all of up: each is cut by itself
     step = rows // blocks // ranks
     for first in range(0, rows, step):
         yield first, first + step

@@ -140,7 +140,12 @@ def size_text(count: float) -> str:
 
 def peak_rss_mib() -> float:
     """The largest resident set of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):  # not Linux; on Linux getrusage also counts what the parent had before exec
+        unit = 2**20 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def summary(what: str, read: int, written: int, seconds: float) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from tools.checkpoint.sources import Info, Source, as_float32, dequantize
 
 BLOCK_BOUND = 0.0626
-_SLACK = 1 + 2.0**-10  # float32 rounding of the scale
+_SLACK = 1 + 2.0**-16  # roundings of the scale and of two products to float32, each 2**-24, as parts of half a step
 _BAND = 1 << 20  # bytes of one operand at a time
 FP8 = "float8_e4m3fn"
 

@@ -27,6 +27,7 @@ FIXTURES = [
     "tp1_untied",
     "tp1_untied_noopt",
     "tp2_distopt_tied_padded",
+    "pp2_untied",
     "te_style_tp2",
     "te_style_perlayer_keys",
 ]
