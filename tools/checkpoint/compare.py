@@ -1,10 +1,11 @@
 """Compare two checkpoints tensor by tensor: bits where both have bits, the rounding error where one is block FP8.
 
-The bound on a cast. Rounding to E4M3 with a block's scale moves an element x by at most half a step of the grid: x / 16
-for a normal number (3 mantissa bits), scale_inv / 1024 for a subnormal one. If the scale fits its block, that is, if
-amax / scale_inv lies in (224, 448], the second kind adds next to nothing, so the relative error of a whole block,
-norm(cast - original) / norm(original), is at most sqrt(1/256 + 3.1e-7) = 0.0626. A scale that is wrong, lost or rounded
-shows as an element beyond half a step; one that is far too large, or a swapped tensor, as a block beyond the bound.
+The bound on a cast. Rounding to E4M3 with a block's scale moves an element x by at most half a step of the grid around
+x / scale_inv, which is x / 16 or less for a normal number (3 mantissa bits) and scale_inv / 1024 for a subnormal one.
+If the scale fits its block, that is, if amax / scale_inv lies in (224, 448], the second kind adds next to nothing, so
+the relative error of a whole block, norm(cast - original) / norm(original), is at most sqrt(1/256 + 3.1e-7) = 0.0626.
+A scale that is wrong, lost or rounded shows as an element beyond half a step; one that is far too large, or a swapped
+tensor, as a block beyond the bound.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class _Total:
             self.reference += float(np.square(finite).sum())
             return
         scales = x.scales if x.scales is not None else y.scales
-        step = np.repeat(np.repeat(scales, 128, axis=0)[: len(a)], 128, axis=1)[:, : a.shape[1]] * 2.0**-10
-        self.beyond += int(np.count_nonzero(difference > np.maximum(np.abs(finite) / 16, step) * _SLACK))
+        scale = np.repeat(np.repeat(scales.astype(np.float64), 128, axis=0)[: len(a)], 128, axis=1)[:, : a.shape[1]]
+        self.beyond += int(np.count_nonzero(~(difference <= _half_step(finite, scale) * _SLACK)))
         error, size = _per_block(np.square(difference)), _per_block(np.square(finite))
         self.error += float(error.sum())
         self.reference += float(size.sum())
@@ -182,6 +183,13 @@ class _Total:
         else:  # equal values of two dtypes are equal; equal values in other bits (-0.0, NaN, scales) are not
             same = not self.differing and result.dtype_a != result.dtype_b
             result.verdict = "equal" if same else "different"
+
+
+def _half_step(x: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
+    """Half the distance of E4M3's neighbours around x / scale_inv, in units of x. NaN where the scale is no number."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        _, exponent = np.frexp(np.abs(x) / scale_inv)  # in [0.5, 1) * 2**exponent
+    return np.ldexp(scale_inv, np.maximum(exponent - 1, -6) - 4)
 
 
 def _per_block(values: np.ndarray) -> np.ndarray:
