@@ -21,6 +21,7 @@ does not grow with the model. The output appears whole or not at all; after an i
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import zlib
@@ -29,9 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # unused here, and its threads spin while they start
+
+import numpy as np  # noqa: E402
 
 from tools.checkpoint import cli, safetensors_io  # noqa: E402
 from tools.checkpoint.errors import CheckpointError  # noqa: E402

@@ -20,6 +20,7 @@ interruption the same command with --resume goes on.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 import zlib
@@ -28,9 +29,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # unused here, and its threads spin while they start
+
+import numpy as np  # noqa: E402
 
 from tools.checkpoint import cli, torch_dist, torch_dist_writer  # noqa: E402
 from tools.checkpoint.crc import combine  # noqa: E402
