@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,44 @@ def tensorboard(line: str, folder: Path) -> None:
         server.wait()
 
 
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, megatron_checkpoint) -> Path:
+    """A folder with small checkpoints under every path that the documents name."""
+    folder = tmp_path_factory.mktemp("docs")
+    source = megatron_checkpoint("tp1_untied")
+    shutil.copytree(source, folder / "exp" / "InfiR2_CPT_FP8_7B" / "checkpoints")
+    (folder / "models").mkdir()
+    shutil.copytree(source / "hf", folder / "models" / "qwen2.5-7B", dirs_exist_ok=True)
+    for line in commands():  # in the order of the page: each makes what the next one reads
+        if line.startswith("python tools/convert_torch_dist_to_hf.py"):
+            tool(line, folder)
+            for file in (folder / "models" / "InfiR2-7B").glob("model.safetensors*"):
+                shutil.copy(file, folder / "models" / "qwen2.5-7B")
+        elif line.startswith("python tools/bf16_cast_fp8.py"):
+            tool(line, folder)
+    return folder
+
+
+def tool(line: str, folder: Path) -> None:
+    """Run for real, on a small model where the line says a large one."""
+    words = line.replace("python tools/", f"{sys.executable} {REPO / 'tools'}/").split()
+    for flag in ("--output-dir", "--output-fp8-hf-path"):
+        if flag in words:
+            shutil.rmtree(folder / words[words.index(flag) + 1], ignore_errors=True)
+    ok(run(*words, cwd=folder))
+
+
+def packages(line: str, folder: Path) -> None:
+    """The packages are those that tests/tools/test_converters.py runs the tools with, and numba."""
+    assert line == "pip install numpy safetensors tqdm numba"
+
+
+def benchmark(line: str, folder: Path) -> None:
+    """tests/benchmarks runs it for real."""
+    words = line.split()
+    ok(run(sys.executable, REPO / words[1], "--help", cwd=folder))
+
+
 def export(line: str, folder: Path) -> None:
     """A variable that the scripts read."""
     name = line.split()[1].split("=")[0]
@@ -86,11 +125,18 @@ RUNNERS = {
     r"tail -f ": tail,
     r"\.venv/bin/tensorboard ": tensorboard,
     r"\.venv/bin/python benchmarks/fp8_gap\.py --data exp/quickstart ": lambda line, folder: None,  # below, with data
+    r"pip install ": packages,
+    r"\.venv/bin/python benchmarks/checkpoint_tools\.py ": benchmark,
     r"export ": export,
 }
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python tools/")])
+def test_checkpoint_tool(line, checkpoints):
+    tool(line, checkpoints)
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("python tools/")])
 def test_command(line, tmp_path):
     runners = [runner for pattern, runner in RUNNERS.items() if re.match(pattern, line)]
     assert len(runners) == 1, f"no way to run: {line}"

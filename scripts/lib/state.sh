@@ -83,7 +83,7 @@ start_full() {
   locate "$INIT_CHECKPOINT"
   # --pretrained-checkpoint wants a tracker even when --ckpt-step names the step.
   if [[ -z $TRACKER ]]; then
-    missing "INIT_CHECKPOINT: expected $ROOT/$TRACKER_NAME; convert the HF model, or pass --from-scratch"
+    missing "INIT_CHECKPOINT: expected $ROOT/$TRACKER_NAME; make it with tools/convert_hf_to_torch_dist.py, or pass --from-scratch"
   else
     [[ $STEP != release || $TRACKER == release ]] ||
       die "INIT_CHECKPOINT: $ROOT/$TRACKER_NAME says $TRACKER, expected release"

@@ -21,7 +21,7 @@ slime's weight sync (slime/utils/fp8_kernel.py at 8359c9a) starts from the other
     scale_inv = max(amax, 1e-10) / 448
     scale     = 1 / scale_inv
 
-Both are correctly rounded, and yet differ in the last bit of about every third scale and in one code of 3000.
+Both are correctly rounded, and yet differ in the last bit of every fourth scale and in one code of 4000.
 """
 
 from __future__ import annotations

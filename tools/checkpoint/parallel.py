@@ -11,7 +11,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-PIECE = 4 << 20  # bytes in flight per thread: large enough for a disk, small enough for the cache
+PIECE = 2 << 20  # bytes in flight per thread: large enough for a disk, small enough for the cache
 _buffers = threading.local()
 
 

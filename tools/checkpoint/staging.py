@@ -57,6 +57,7 @@ class Staging:
         self._size, self._force, self._resume, self._fsync = size, force, resume, fsync
         self._inputs = [Path(os.path.realpath(path)) for path in inputs]
         self._files: dict[str, int] = {}
+        self._writing: dict[str, threading.Lock] = {}
         self._done: dict[str, list[Range]] = {}
         self._lock = threading.Lock()
         self._made: list[Path] = []
@@ -110,7 +111,7 @@ class Staging:
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._files[name] = fd
+        self._files[name], self._writing[name] = fd, threading.Lock()
         if os.fstat(fd).st_size != size:
             os.ftruncate(fd, size)
 
@@ -118,8 +119,10 @@ class Staging:
         """Put the bytes of `view` at `offset` of a created file; any thread."""
         fd, done = self._files[name], 0
         try:
-            while done < len(view):
-                done += os.pwritev(fd, [view[done:]], offset + done)
+            # The kernel lets one writer into a file at a time, and the others spin: better that they sleep here.
+            with self._writing[name]:
+                while done < len(view):
+                    done += os.pwritev(fd, [view[done:]], offset + done)
         except OSError as error:
             raise CheckpointError.of(error, self.partial / name) from error
 
