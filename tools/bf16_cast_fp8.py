@@ -40,6 +40,7 @@ from tools.checkpoint import cli, safetensors_io  # noqa: E402
 from tools.checkpoint.errors import CheckpointError  # noqa: E402
 from tools.checkpoint.fp8_cast import (  # noqa: E402
     BLOCK,
+    CASTABLE,
     SCALE_SUFFIX,
     Kernel,
     Rule,
@@ -141,7 +142,7 @@ def tensor_parallel_note(config: dict[str, Any], path: Path, wanted: int | None)
     for size in sorted({*TENSOR_PARALLEL_SIZES, *([wanted] if wanted else [])}):
         try:
             problems[size] = fp8_tensor_parallel_problem(config, size)
-        except (KeyError, TypeError, ZeroDivisionError):
+        except (KeyError, TypeError, ZeroDivisionError, OverflowError):
             if wanted:
                 raise CheckpointError(f"--check-tp: {path} lacks the sizes of a decoder, cannot check") from None
             return "block-aligned tensor parallel sizes: not known for this model"
@@ -209,6 +210,10 @@ def cast(
     progress = cli.Progress(source.nbytes, "casting")
     strict = not options.allow_nonfinite or options.scale_formula == "slime"
 
+    def nonfinite(entry: Entry, where: str, hint: str) -> CheckpointError:
+        path = source.directory / entry.file
+        return CheckpointError(f"{path}: {entry.name}: NaN or infinity in {where}, expected finite weights{hint}")
+
     def put(file: str, offset: int, array: np.ndarray) -> tuple[str, int, int, int]:
         view = memoryview(array.reshape(-1).view(np.uint8))
         out.write(file, offset, view)
@@ -222,6 +227,10 @@ def cast(
     def copy(unit: Unit) -> list:
         data = buffer(unit.nbytes, np.uint8)
         source.read_into(unit.entry, unit.start, memoryview(data))
+        if unit.entry.dtype in CASTABLE and not options.allow_nonfinite:
+            bad = how.nonfinite(data.view(f"u{ITEMSIZE[unit.entry.dtype]}"), unit.entry.dtype)
+            if bad:
+                raise nonfinite(unit.entry, f"{bad} elements", "; --allow-nonfinite keeps them")
         return [put(unit.entry.file, layouts[unit.entry.file].offsets[unit.entry.name] + unit.start, data)]
 
     def cast_rows(unit: Unit) -> list:
@@ -233,10 +242,7 @@ def cast(
         bad = how.cast(raw, entry.dtype, codes, scale_inv)
         if bad and strict:
             hint = "" if options.scale_formula == "slime" else "; --allow-nonfinite casts them"
-            raise CheckpointError(
-                f"{source.directory / entry.file}: {entry.name}: NaN or infinity in {bad} blocks of rows "
-                f"{unit.start} to {unit.stop - 1}, expected finite weights{hint}"
-            )
+            raise nonfinite(entry, f"{bad} blocks of rows {unit.start} to {unit.stop - 1}", hint)
         offsets = layouts[entry.file].offsets
         above = unit.start // BLOCK * scale_inv.shape[1] * scale_inv.itemsize
         return [

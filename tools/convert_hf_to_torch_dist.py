@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = megatron_args(
             config, path, vocab_rows=shape.vocab_rows, tensor_parallel=options.tensor_model_parallel_size
         )
+        args.make_vocab_size_divisible_by = options.make_vocab_size_divisible_by or 1
         files = {
             ".metadata": layout.metadata(),
             "common.pt": torch_dist_writer.common_bytes({"args": args, "iteration": 0}, options.output_dir),

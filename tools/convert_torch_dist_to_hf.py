@@ -138,7 +138,7 @@ def plan(reader: torch_dist.Reader, config: dict[str, Any], options: Any) -> Con
     shape = shape_of(config, path)
     wanted = options.vocab_size or shape.vocab_rows
     shape = replace(shape, vocab_rows=wanted)
-    note = _vocabulary(reader, wanted, options, path)
+    note = _vocabulary(reader, wanted, args, options, path)
     tensors = plan_hf(reader, shape, cut_vocab=True, pad_vocab=options.pad_vocab)
     described = [(tensor.name, safetensors_io.NAMES[tensor.dtype], tensor.shape) for tensor in tensors]
     files = safetensors_io.shard(described, options.chunk_size)
@@ -153,21 +153,36 @@ def plan(reader: torch_dist.Reader, config: dict[str, Any], options: Any) -> Con
     return Conversion(tensors, files, layouts, changed, text)
 
 
-def _vocabulary(reader: torch_dist.Reader, wanted: int, options: Any, path: Path) -> str:
-    """What becomes of the vocabulary rows, in words. Fewer than wanted are never filled unless asked for."""
+def _vocabulary(reader: torch_dist.Reader, wanted: int, args: Any, options: Any, path: Path) -> str:
+    """What becomes of the vocabulary rows, in words. Neither too few nor too many are a guess.
+
+    Megatron pads to the next multiple, so fewer rows than that are padding; dropping more would drop tokens.
+    """
     info = reader.tensors.get(VOCABULARY[0])
     stored = info.shape[0] if info is not None and info.shape else wanted  # plan_hf names a missing one
+    source = "--vocab-size" if options.vocab_size else f"vocab_size of {path}"
+    where = f"{reader.directory}: {VOCABULARY[0]} has {stored} rows, expected {wanted} ({source})"
     if stored > wanted:
+        multiple = _padding_multiple(args)
+        if multiple and stored - wanted >= multiple and not options.vocab_size:
+            raise CheckpointError(
+                f"{where}: Megatron pads to a multiple of {multiple}, so {stored - wanted} rows are not padding; "
+                f"--vocab-size {wanted} drops them all the same"
+            )
         return f"{wanted} of {stored} vocabulary rows ({stored - wanted} padding rows dropped)"
     if stored == wanted:
         return f"{wanted} vocabulary rows"
     if not options.pad_vocab:
-        source = "--vocab-size" if options.vocab_size else f"vocab_size of {path}"
         raise CheckpointError(
-            f"{reader.directory}: {VOCABULARY[0]} has {stored} rows, expected {wanted} ({source}); "
-            f"--pad-vocab adds {wanted - stored} rows of zeros, --vocab-size {stored} writes what is there"
+            f"{where}; --pad-vocab adds {wanted - stored} rows of zeros, --vocab-size {stored} writes what is there"
         )
     return f"{stored} vocabulary rows and {wanted - stored} rows of zeros"
+
+
+def _padding_multiple(args: Any) -> int | None:
+    """What the run padded its vocabulary to (megatron/training/tokenizer/tokenizer.py:112); None if it does not say."""
+    sizes = [getattr(args, name, None) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
+    return sizes[0] * sizes[1] if all(type(size) is int and 0 < size < 2**31 for size in sizes) else None
 
 
 def row_bytes(tensor: HfTensor) -> int:
@@ -236,6 +251,7 @@ def write_weights(reader: torch_dist.Reader, conversion: Conversion, out: Stagin
                 out.write(file, position, memoryview(flat))
                 ranges.append((file, position, flat.nbytes, zlib.crc32(flat) if crc is None else crc))
                 progress.add(flat.nbytes)
+        reader.verify_read(unit.key, unit.layer)  # a resumed run does not read it again
         out.record(unit.name, ranges)
 
     try:

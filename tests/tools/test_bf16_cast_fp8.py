@@ -141,6 +141,18 @@ def test_small_weights_keep_their_scales(tmp_path):
     assert np.linalg.norm(back - values) / np.linalg.norm(values) < 0.03
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_nonfinite_tensors_that_keep_their_bits(tmp_path, name, dtype):
+    tensors = models.weights(models.TINY, 0, dtype)
+    tensors[name].reshape(-1)[-1] = {"BF16": 0xFF80, "F16": 0x7E00, "F32": 0x7F800000}[dtype]
+    source = models.save(tmp_path / "bf16", models.TINY, dtype=dtype, tensors=tensors)
+    failed = cast(source, tmp_path / "fp8")
+    assert failed.returncode == 1 and f"{name}: NaN or infinity in 1 elements" in failed.stderr
+    ok(cast(source, tmp_path / "fp8", "--allow-nonfinite"))
+    assert models.load(tmp_path / "fp8")[name] == models.load(source)[name]
+
+
 def test_nonfinite_weights(tmp_path):
     tensors = models.weights(models.TINY, 0)
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -32,6 +32,8 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                continue
             previous[number] = signal.signal(number, _raise_interrupted)
     try:
         return main(argv)

@@ -29,6 +29,7 @@ _LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.(?:\S+\.)?\w*_proj(?:_with_mqa)?\.we
 _NOT_TEXT = re.compile(r"(?:^|\.)(?:visual|vision|audio)|\beh_proj\.")
 
 # The largest finite number of each type, which TransformerEngine takes for a scale that overflows.
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # the bits of infinity
 _OVERFLOW = {"BF16": 3.3895313892515355e38, "F16": 65504.0, "F32": 3.4028234663852886e38}
 
 
@@ -86,7 +87,8 @@ def quantization_config(kept: Iterable[Entry]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`cast(raw, dtype, codes, scale_inv)` quantises whole rows of blocks and counts blocks with NaN or infinity.
+    """`cast(raw, dtype, codes, scale_inv)` quantises whole rows of blocks and counts blocks with NaN or infinity;
+    `nonfinite(raw, dtype)` counts elements that are one.
 
     raw: (rows, columns) bits of safetensors `dtype` as unsigned integers. codes: the same shape, uint8. scale_inv:
     `scale_shape(raw.shape)`, float32. Every kernel gives the same bits. Any thread may call it.
@@ -94,6 +96,7 @@ class Kernel:
 
     name: str
     cast: Callable[[np.ndarray, str, np.ndarray, np.ndarray], int]
+    nonfinite: Callable[[np.ndarray, str], int]
 
 
 def kernel(device: Literal["auto", "cpu", "cuda"], rule: Rule) -> Kernel:
@@ -126,7 +129,10 @@ def _numba_kernel(rule: Rule) -> Kernel:
             raw = raw.view(np.float16).astype(np.float32).view(np.uint32)
         return fused.cast(raw, codes, scale_inv, number, _OVERFLOW[dtype])
 
-    return Kernel("numba", cast)
+    def nonfinite(raw: np.ndarray, dtype: str) -> int:
+        return fused.nonfinite(raw, _INFINITY[dtype])
+
+    return Kernel("numba", cast, nonfinite)
 
 
 def _torch_kernel(rule: Rule, device: str) -> Kernel:
@@ -134,9 +140,12 @@ def _torch_kernel(rule: Rule, device: str) -> Kernel:
 
     from tools.checkpoint import block_fp8
 
-    def cast(raw: np.ndarray, dtype: str, codes: np.ndarray, scale_inv: np.ndarray) -> int:
+    def tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
         signed = raw.view(np.dtype(f"i{raw.itemsize}"))  # torch's unsigned types have no views
-        x = torch.from_numpy(signed).view(getattr(torch, DTYPES[dtype])).to(device)
+        return torch.from_numpy(signed).view(getattr(torch, DTYPES[dtype])).to(device)
+
+    def cast(raw: np.ndarray, dtype: str, codes: np.ndarray, scale_inv: np.ndarray) -> int:
+        x = tensor(raw, dtype)
         quantized = block_fp8.quantize(x, block_fp8.WEIGHT_BLOCK, pow2=rule.pow2, formula=rule.formula)
         torch.from_numpy(codes).copy_(quantized.codes)
         torch.from_numpy(scale_inv).copy_(quantized.scale_inv)
@@ -146,7 +155,10 @@ def _torch_kernel(rule: Rule, device: str) -> Kernel:
         rows, columns = (torch.div(index, BLOCK, rounding_mode="floor") for index in bad.nonzero(as_tuple=True))
         return len(torch.unique(torch.stack((rows, columns)), dim=1)[0])
 
-    return Kernel(f"torch on {device}", cast)
+    def nonfinite(raw: np.ndarray, dtype: str) -> int:
+        return int((~torch.isfinite(tensor(raw, dtype))).sum())
+
+    return Kernel(f"torch on {device}", cast, nonfinite)
 
 
 def check_not_quantised(config: dict[str, Any], path: Path, entries: Iterable[Entry]) -> None:

@@ -7,11 +7,12 @@ of the heads loads without a word and gives another model. So every conversion c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
-from tools.checkpoint.errors import CheckpointError
+from tools.checkpoint.errors import CheckpointError, shown
 from tools.checkpoint.qwen2_layout import Qwen2Shape
 from tools.checkpoint.safetensors_io import read_json
 
@@ -36,12 +37,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     shape_of(config, path)
     for key, expected in (("hidden_act", "silu"), ("use_sliding_window", False)):
         if config.get(key, expected) != expected:
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}, expected {expected!r}")
+            raise CheckpointError(f"{path}: {key} is {shown(config[key])}, expected {expected!r}")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
     if kind != "default":
-        raise CheckpointError(f"{path}: rope scaling {kind!r}, expected none: Megatron's Qwen2 has none")
+        raise CheckpointError(f"{path}: rope scaling {shown(kind)}, expected none: Megatron's Qwen2 has none")
     rope_base(config, path)
+    norm_epsilon(config, path)
+    positions = config.get("max_position_embeddings", 1)
+    if type(positions) is not int or not 0 < positions < 2**31:
+        raise CheckpointError(f"{path}: max_position_embeddings is {shown(positions)}, expected a positive integer")
     return config
 
 
@@ -60,9 +65,21 @@ def rope_base(config: dict[str, Any], path: Path) -> float:
     nested = config.get("rope_parameters")
     base = nested.get("rope_theta") if isinstance(nested, dict) else None
     base = config.get("rope_theta", DEFAULT_ROPE_BASE) if base is None else base
-    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < math.inf:
-        raise CheckpointError(f"{path}: rope_theta is {base!r}, expected a positive number")
-    return float(base)
+    return _positive(base, f"{path}: rope_theta")
+
+
+def norm_epsilon(config: dict[str, Any], path: Path) -> float:
+    return _positive(config.get("rms_norm_eps", 1e-6), f"{path}: rms_norm_eps")
+
+
+def _positive(value: Any, name: str) -> float:
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not 0 < number < math.inf:
+        raise CheckpointError(f"{name} is {shown(value)}, expected a positive number")
+    return number
 
 
 def check_args(config: dict[str, Any], config_path: Path, args: Any, args_path: Path) -> None:
@@ -81,10 +98,10 @@ def check_args(config: dict[str, Any], config_path: Path, args: Any, args_path: 
         raise CheckpointError(f"{args_path}: add_qkv_bias is False, but a Qwen2 has q, k and v biases")
     for key, value, name in (
         ("rope_theta", rope_base(config, config_path), "rotary_base"),
-        ("rms_norm_eps", config.get("rms_norm_eps", 1e-6), "norm_epsilon"),
+        ("rms_norm_eps", norm_epsilon(config, config_path), "norm_epsilon"),
     ):
         other = getattr(args, name, None)
-        if other is not None and float(other) != float(value):
+        if other is not None and _positive(other, f"{args_path}: {name}") != value:
             raise differ(key, value, name, other)
 
 
@@ -124,7 +141,7 @@ def megatron_args(config: dict[str, Any], path: Path, *, vocab_rows: int, tensor
         qk_layernorm=False,
         multi_latent_attention=False,
         normalization="RMSNorm",
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=norm_epsilon(config, path),
         apply_layernorm_1p=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tools.checkpoint.errors import CheckpointError
+from tools.checkpoint.errors import CheckpointError, shown
 from tools.checkpoint.torch_dist import MODEL_DTYPES, OPTIMIZER_PREFIX, Reader, as_torch
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Qwen2Shape:
         for name in ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab_rows"):
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**31:
-                raise CheckpointError(f"model shape: {name} is {value!r}, expected a positive integer")
+                raise CheckpointError(f"model shape: {name} is {shown(value)}, expected a positive integer")
         if self.heads % self.groups:
             raise CheckpointError(f"model shape: {self.heads} heads cannot share {self.groups} key/value heads")
 
@@ -82,7 +82,7 @@ class Qwen2Shape:
     def from_hf_config(cls, config: Mapping[str, Any]) -> Qwen2Shape:
         """From the dictionary in a Qwen2 config.json."""
         if config.get("model_type") != "qwen2":
-            raise CheckpointError(f"config.json: model_type is {config.get('model_type')!r}, expected 'qwen2'")
+            raise CheckpointError(f"config.json: model_type is {shown(config.get('model_type'))}, expected 'qwen2'")
         try:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             return cls(
@@ -106,7 +106,8 @@ class Qwen2Shape:
         for name, expected in QWEN2_ARGS.items():
             found = getattr(args, name, expected)
             if found != expected:
-                raise CheckpointError(f"Megatron args: {name} is {found!r}, expected {expected!r} for a dense Qwen2")
+                wanted = f"expected {expected!r} for a dense Qwen2"
+                raise CheckpointError(f"Megatron args: {name} is {shown(found)}, {wanted}")
         try:
             heads = args.num_attention_heads
             return cls(

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.checkpoint.errors import CheckpointError
+from tools.checkpoint.errors import CheckpointError, shown
 
 # Raw element type of each torch dtype in numpy. bfloat16 and float8 have none, so their bits are kept.
 NUMPY_DTYPES = {
@@ -175,7 +175,7 @@ def _numpy_reconstruct(*_args: Any) -> NumpyArray:
 def _numpy_dtype(code: Any, *_flags: Any) -> Record:
     dtype = np.dtype(code) if isinstance(code, str) and len(code) <= 3 else None
     if dtype is None or dtype.kind not in "biuf":
-        raise ValueError(f"numpy dtype {str(code)[:40]!r}")
+        raise ValueError(f"numpy dtype {shown(code)}")
     record = Record("dtype")
     record.dtype = dtype.str
     return record
@@ -189,8 +189,14 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":  # how protocol 2 spells bytes
-        raise ValueError(f"encoding {encoding!r}")
+        raise ValueError(f"encoding {shown(encoding)}")
     return text.encode("latin1")
+
+
+def _path(*parts: Any) -> Label:
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("a path of something that is not text")
+    return Label("/".join(parts))
 
 
 def _size(sizes: Any) -> tuple[int, ...]:
@@ -215,7 +221,7 @@ def _table() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): lambda *items: _to_dict(*items),
         ("_codecs", "encode"): _encode,
-        ("pathlib", "PosixPath"): lambda *parts: Label("/".join(map(str, parts))),
+        ("pathlib", "PosixPath"): _path,
         ("torch", "Size"): _size,
         ("torch", "device"): _label("device"),
         ("torch.serialization", "_get_layout"): _label("layout"),

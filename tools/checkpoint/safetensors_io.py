@@ -49,8 +49,8 @@ ITEMSIZE = {
 }
 # Weights in another format: of no use beside safetensors, and loaders may prefer them.
 OTHER_WEIGHTS = re.compile(
-    r"(pytorch_model|tf_model|flax_model|model|consolidated|rust_model)\S*\.(bin|h5|msgpack|pt|pth|ot|gguf|onnx)"
-    r"(\.index\.json)?"
+    r".*\.(h5|msgpack|pt|pth|ot|gguf|onnx|onnx_data)(\.index\.json)?"
+    r"|.*(model|consolidated).*\.bin(\.index\.json)?"
 )
 
 
@@ -154,6 +154,8 @@ class HfReader:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
+        if path.exists() and not path.is_file():  # a named pipe would block for ever
+            raise CheckpointError(f"{path}: not a regular file")
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None

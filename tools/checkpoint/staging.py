@@ -51,6 +51,8 @@ class Staging:
         fsync: bool = False,
     ):
         self.directory = Path(os.path.realpath(directory))
+        if not self.directory.name:
+            raise CheckpointError(f"{self.directory}: cannot be replaced by an output")
         self.partial = self.directory.with_name(f".{self.directory.name}.partial")
         self._old = self.directory.with_name(f".{self.directory.name}.replaced")
         self._job = json.loads(json.dumps(job))
@@ -62,6 +64,7 @@ class Staging:
         self._lock = threading.Lock()
         self._made: list[Path] = []
         self._owner = self._journal = -1
+        self._fresh = False
         self._published = False
 
     # ---- life
@@ -70,6 +73,7 @@ class Staging:
         self._check_target()
         try:
             self._make_parents()
+            self._own()
             self._recover()
             self._take_over()
             self._check_space()
@@ -77,7 +81,7 @@ class Staging:
             self._leave(keep=False)
             raise CheckpointError(f"{self.directory}: cannot be written ({error.strerror or error})") from None
         except BaseException:
-            self._leave(keep=True)
+            self._leave(keep=not self._fresh)
             raise
         return self
 
@@ -96,9 +100,15 @@ class Staging:
                 _sync(path)
         self._close_files()
         (self.partial / JOURNAL).unlink()
-        if self._force and self.directory.exists():
+        aside = self._force and self.directory.exists()
+        if aside:
             self.directory.rename(self._old)
-        self.partial.rename(self.directory)
+        try:
+            self.partial.rename(self.directory)
+        except BaseException:
+            if aside and not self.directory.exists():
+                self._old.rename(self.directory)
+            raise
         if self._fsync:
             _sync(self.directory.parent)
         self._published = True
@@ -133,7 +143,11 @@ class Staging:
         (self.partial / name).write_bytes(content)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        try:
+            text = json.dumps(value, indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair
+            text = json.dumps(value, indent=2).encode()
+        self.write_bytes(name, text + b"\n")
 
     def copy(self, source: Path, name: str | None = None) -> None:
         shutil.copyfile(source, self.partial / (name or source.name))
@@ -153,13 +167,15 @@ class Staging:
 
     def _matches(self, name: str, offset: int, length: int, crc: int) -> bool:
         found, position, fd = 0, offset, self._files.get(name)
-        while fd is not None and position < offset + length:
+        if fd is None or not 0 <= offset <= offset + length <= os.fstat(fd).st_size:
+            return False
+        while position < offset + length:
             data = os.pread(fd, min(PIECE, offset + length - position), position)
             if not data:
                 return False
             found = zlib.crc32(data, found)
             position += len(data)
-        return fd is not None and found == crc
+        return found == crc
 
     # ---- details
 
@@ -187,42 +203,61 @@ class Staging:
     def _recover(self) -> None:
         """Bring back what a run set aside that was killed between its two renames."""
         if self._old.exists():
-            if self.directory.exists():
+            if self.directory.exists() and any(self.directory.iterdir()):
                 shutil.rmtree(self._old)
             else:
-                self._old.rename(self.directory)
-                self._check_target()
+                self._old.rename(self.directory)  # also over an empty directory
+        self._check_target()
 
     def _take_over(self) -> None:
-        """Lock the partial directory, then keep its finished items or start clean."""
-        if self.partial.exists():
-            self._own()
-            if self._resume and self._read_journal():
-                self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_APPEND)
-                return
-            shutil.rmtree(self.partial)
-            os.close(self._owner)
-            self._owner = -1
-        self.partial.mkdir()
-        self._own()
+        """Keep the finished items of the partial directory, or start clean."""
+        if self._resume and not self._fresh and self._read_journal():
+            self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_APPEND)
+            os.write(self._journal, b"\n")  # the last line may be cut
+            self._keep({name for ranges in self._done.values() for name, *_ in ranges})
+            return
+        for path in self.partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.write(self._journal, (json.dumps(self._job) + "\n").encode())
 
+    def _keep(self, names: set[str]) -> None:
+        """Remove every other file: companions are copied anew, and the source may no longer have one."""
+        for path in self.partial.rglob("*"):
+            name = str(path.relative_to(self.partial))
+            if name != JOURNAL and name not in names and not path.is_dir():
+                path.unlink()
+
     def _own(self) -> None:
-        self._owner = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{self.directory}: another process is writing it (in {self.partial})") from None
-        except OSError:
-            pass  # a file system without locks
+        """Lock the partial directory, made where there is none; what stays the same directory until `_leave`."""
+        for _ in range(100):
+            try:
+                self.partial.mkdir()
+                self._fresh = True
+            except FileExistsError:
+                self._fresh = False
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed or published it
+                fd = os.open(self.partial, os.O_RDONLY)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(fd)
+                    where = f"(in {self.partial})"
+                    raise CheckpointError(f"{self.directory}: another process is writing it {where}") from None
+                except OSError:
+                    pass  # a file system without locks
+                if os.path.samestat(os.fstat(fd), os.stat(self.partial)):
+                    self._owner = fd
+                    return
+                os.close(fd)
+        raise CheckpointError(f"{self.partial}: cannot be locked")
 
     def _read_journal(self) -> bool:
         try:
             lines = (self.partial / JOURNAL).read_text(encoding="utf-8").splitlines()
             same = json.loads(lines[0]) == self._job
             entries = [_entry(line) for line in lines[1:]] if same else []
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, IndexError, RecursionError):
             same, entries = False, []
         if not same:
             print("--resume: what is there is of another job or damaged; starting clean", file=sys.stderr)
@@ -266,7 +301,7 @@ def _entry(line: str) -> tuple[str, list[Range]] | None:
     try:
         item, ranges = json.loads(line)
         return str(item), [(str(f), int(o), int(n), int(c)) for f, o, n, c in ranges]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -80,6 +80,8 @@ def read_tracker(root: str | os.PathLike) -> Iteration | None:
     broken.
     """
     path = Path(root) / TRACKER
+    if path.exists() and not path.is_file():  # a named pipe would block for ever
+        raise CheckpointError(f"{path}: not a regular file")
     try:
         text = path.read_text(encoding="ascii", errors="replace")[:100].strip()
     except FileNotFoundError:
@@ -353,6 +355,14 @@ class Reader:
             if payload.next:
                 payload.finish()
 
+    def verify_read(self, key: str, layer: int | None) -> None:
+        """`verify` for what has been read of `key`, or of its entry `layer`."""
+        for chunk in self._checked(key).chunks:
+            payload = self._payloads.get(chunk)
+            here = layer is None or chunk.offset[0] <= layer < chunk.offset[0] + chunk.shape[0]
+            if payload is not None and here and payload.next:
+                payload.finish()
+
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
@@ -414,6 +424,8 @@ class Reader:
 
     def _check_format(self) -> None:
         path = self.directory / "metadata.json"
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
         try:
             found = json.loads(path.read_bytes())
         except OSError as error:

@@ -201,7 +201,7 @@ def as_array(tensor: torch.Tensor) -> Array:
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if dtype not in NUMPY_DTYPES:
+    if dtype not in NUMPY_DTYPES or dtype.startswith("float8"):
         raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored in a checkpoint")
     return Array(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy())
 
