@@ -491,6 +491,82 @@ def torch_call(raw: np.ndarray) -> dict[str, Callable[[], object]]:
     return {BARE: lambda: y.copy_(x)}
 
 
+# ---------------------------------------------------------------- the least that the work costs
+
+PIECE = 2 << 20
+SCRATCH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GB per second of CPU time on one core, the best of several: reading a cached file and writing a new one in
+    pieces, the CRC of a piece, and the kernel (None without numba).
+    """
+
+    read: float
+    write: float
+    crc: float
+    kernel: float | None
+
+
+def measure_rates(folders: Folders, kernel: float | None) -> Rates:
+    piece = memoryview(bytearray(os.urandom(PIECE)))
+    source = max(files_under(folders.hf), key=lambda path: path.stat().st_size)
+    folders.run.mkdir(parents=True, exist_ok=True)
+    scratch = folders.run / "scratch"
+
+    def read_all() -> int:
+        with source.open("rb", buffering=0) as file:
+            return sum(iter(lambda: file.readinto(piece), 0))
+
+    def write_all() -> int:
+        with scratch.open("wb", buffering=0) as file:
+            return sum(file.write(piece) for _ in range(SCRATCH_BYTES // PIECE))
+
+    def crc_all() -> int:
+        for _ in range(64):
+            zlib.crc32(piece)
+        return 64 * PIECE
+
+    def best(work: Callable[[], int]) -> float:
+        rates = []
+        for _ in range(BEST_OF):
+            scratch.unlink(missing_ok=True)
+            started = time.process_time()
+            count = work()
+            rates.append(count / 1e9 / max(time.process_time() - started, 1e-9))
+        return max(rates)
+
+    try:
+        return Rates(best(read_all), best(write_all), best(crc_all), kernel)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def roofline(results: dict[str, list[Pair]], rates: Rates, size: Size) -> str:
+    """What each tool must do at least, at this machine's rates, beside the least that it took."""
+    tensors = [(name, 2 * math.prod(shape)) for name, _, shape in size.tensors()]
+    everything = sum(nbytes for _, nbytes in tensors) / 1e9
+    linear = sum(nbytes for name, nbytes in tensors if name.endswith("_proj.weight")) / 1e9
+    cast_out = everything - linear / 2
+    work = {CAST: (linear, cast_out, cast_out), TO_HF: (0.0, everything, everything)}
+    work[TO_TORCH_DIST] = work[TO_HF]
+    known = f"read {rates.read:.1f}, write {rates.write:.1f}, CRC-32 {rates.crc:.1f}"
+    lines = [
+        f"## Roofline: GB/s of one core here: {known}" + (f", kernel {rates.kernel:.1f}" if rates.kernel else ""),
+        "",
+        "| tool | read s | kernel s | CRC s | write s | sum, CPU s | least measured, CPU s | least of its cp, CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (cast_bytes, checked, written) in work.items():
+        kernel = cast_bytes / rates.kernel if rates.kernel else 0.0
+        parts = [everything / rates.read, kernel, checked / rates.crc, written / rates.write]
+        least = [min(getattr(pair, side).cpu for pair in results[name]) for side in ("tool", "copy")]
+        cells = [f"{value:.2f}" for value in (*parts, sum(parts), *least)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -511,9 +587,16 @@ class Bar:
         return f"| {self.text} | {self.value:.2f}{self.unit} | {'yes' if holds else '**no**'} |"
 
 
-def report(options: argparse.Namespace, found: list[Subject], results: dict[str, list[Pair]], machine_text: str) -> str:
+def report(
+    options: argparse.Namespace,
+    folders: Folders,
+    found: list[Subject],
+    results: dict[str, list[Pair]],
+    machine_text: str,
+) -> str:
     own = cli.peak_rss_mib()  # before numpy and torch are imported below
     rates = kernel_rates()
+    slowest = min((rate for name, rate in rates.items() if name != BARE), default=None)
     nbytes = size_of(found[0].source)
     before = "a read of the input" if options.as_is else "an untimed copy and a read of the input"
     note = f"Before each run: {before}. Least peak RSS of any process: {own:.0f} MiB, that of this script."
@@ -522,6 +605,7 @@ def report(options: argparse.Namespace, found: list[Subject], results: dict[str,
         f"{machine_text}, {load()} after",
         f"{cost_table(found, results)}\n\n{note}",
         kernel_table(rates),
+        roofline(results, measure_rates(folders, slowest), SIZES[options.size]),
         bar_table(bars(results, rates, nbytes)),
     ]
     if options.size == "tiny":
@@ -698,9 +782,9 @@ def main(argv: list[str] | None = None) -> int:
         prepare(folders, options.size)
         found = subjects(folders, options)
         results = time_all(found, folders, options.repeats, not options.as_is)
+        tables = report(options, folders, found, results, text)
     finally:
         shutil.rmtree(folders.run, ignore_errors=True)
-    tables = report(options, found, results, text)
     print(tables, end="")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -332,6 +332,7 @@ class Reader:
         self._files: dict[str, int] = {}
         self._payloads: dict[Chunk, _Payload] = {}
         self._tiled: set[str] = set()
+        self._by_layer: dict[tuple[str, int], tuple[Chunk, ...]] = {}
         self._lock = threading.Lock()
         self._check_ranges()
 
@@ -357,10 +358,9 @@ class Reader:
 
     def verify_read(self, key: str, layer: int | None) -> None:
         """`verify` for what has been read of `key`, or of its entry `layer`."""
-        for chunk in self._checked(key).chunks:
+        for chunk in self._chunks(key, layer):
             payload = self._payloads.get(chunk)
-            here = layer is None or chunk.offset[0] <= layer < chunk.offset[0] + chunk.shape[0]
-            if payload is not None and here and payload.next:
+            if payload is not None and payload.next:
                 payload.finish()
 
     def close(self) -> None:
@@ -410,7 +410,7 @@ class Reader:
         shape = shape or (1,)
         if not 0 <= start <= start + len(out) <= shape[0] or out.shape[1:] != shape[1:]:
             raise CheckpointError(f"{self.directory}: {key}: rows {start}:{start + len(out)} of the shape {shape}")
-        crcs = [self._copy(key, info.dtype, chunk, layer, start, out) for chunk in info.chunks]
+        crcs = [self._copy(key, info.dtype, chunk, layer, start, out) for chunk in self._chunks(key, layer)]
         used = [crc for crc in crcs if crc is not None]
         return used[0] if len(used) == 1 and used[0] >= 0 else None
 
@@ -463,6 +463,16 @@ class Reader:
             raise CheckpointError(f"{self.directory}: {key}: no layer {layer} in the shape {info.shape}")
         return info, info.shape[1:]
 
+    def _chunks(self, key: str, layer: int | None) -> tuple[Chunk, ...]:
+        """The chunks that hold something of `key`, or of its entry `layer`."""
+        if layer is None:
+            return self.tensors[key].chunks
+        if (key, layer) not in self._by_layer:
+            chunks = self.tensors[key].chunks
+            here = tuple(c for c in chunks if c.offset[0] <= layer < c.offset[0] + c.shape[0])
+            self._by_layer[key, layer] = here
+        return self._by_layer[key, layer]
+
     def _checked(self, key: str) -> TensorInfo:
         info = self.tensors.get(key)
         if info is None:
@@ -511,8 +521,6 @@ class Reader:
         index = 0
         if layer is not None:
             index = layer - offset[0]
-            if not 0 <= index < shape[0]:
-                return None
             offset, shape = offset[1:], shape[1:]
         offset, shape = offset or (0,), shape or (1,)
         first, last = max(start, offset[0]), min(start + len(out), offset[0] + shape[0])
