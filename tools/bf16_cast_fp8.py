@@ -45,12 +45,13 @@ from tools.checkpoint.fp8_cast import (  # noqa: E402
     Kernel,
     Rule,
     check_not_quantised,
+    count_nonfinite,
     is_linear,
     kernel,
     quantization_config,
     scale_shape,
 )
-from tools.checkpoint.parallel import PIECE, bands, buffer, for_each  # noqa: E402
+from tools.checkpoint.parallel import PIECE, Later, bands, buffer, for_each  # noqa: E402
 from tools.checkpoint.qwen2_config import fp8_tensor_parallel_problem  # noqa: E402
 from tools.checkpoint.safetensors_io import ITEMSIZE, METADATA, Entry, HfReader  # noqa: E402
 from tools.checkpoint.staging import Staging  # noqa: E402
@@ -93,16 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         linear = {entry.name for entry in source.tensors.values() if is_linear(entry)}
         if not linear:
             raise CheckpointError(f"{source.directory}: no *_proj.weight of a decoder layer in it, nothing to cast")
-        how = kernel(options.device, rule)
+        dtypes = {source.tensors[name].dtype for name in linear}
+        how = Later(lambda: kernel(options.device, rule).warm_up(dtypes))
         files = {file: list(described(source, file, linear)) for file in source.files}
         metadata = {file: {**METADATA, **source.metadata[file], **rule.metadata()} for file in source.files}
         layouts = {file: safetensors_io.plan_file(files[file], metadata[file]) for file in files}
         size = sum(layout.size for layout in layouts.values())
         scales = "power-of-two" if rule.pow2 else "float32"
         count = f"{len(linear)} of {len(source.tensors)} tensors to E4M3"
-        print(
-            f"{source.directory} -> {options.output_fp8_hf_path}: {count}, {scales} scales ({rule.formula}), {how.name}"
-        )
+        print(f"{source.directory} -> {options.output_fp8_hf_path}: {count}, {scales} scales ({rule.formula})")
         print(aligned)
         with Staging(
             options.output_fp8_hf_path,
@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             out.write_json("config.json", {**config, "quantization_config": quantization_config(kept)})
             out.publish()
         read = source.nbytes
-    print(cli.summary(str(options.output_fp8_hf_path), read, size, time.monotonic() - started))
+    name = how.get().name
+    print(cli.summary(f"{options.output_fp8_hf_path} ({name})", read, size, time.monotonic() - started))
     return 0
 
 
@@ -188,22 +189,23 @@ class Unit:
 
 
 def units(source: HfReader, linear: set[str]) -> Iterator[Unit]:
-    """Pieces in file order, so that a disk reads forward; a row of blocks is never cut."""
+    """Pieces in file order, what keeps its bits first: the kernel loads meanwhile. A row of blocks is never cut."""
+    for entry in source.tensors.values():
+        if entry.name not in linear:
+            for start, stop in bands(0, entry.nbytes, 1):
+                yield Unit(entry, start, stop, False)
     for entry in source.tensors.values():
         if entry.name in linear:
             rows = max(1, PIECE // (entry.shape[1] * ITEMSIZE[entry.dtype]) // BLOCK) * BLOCK
             for start in range(0, entry.shape[0], rows):
                 yield Unit(entry, start, min(start + rows, entry.shape[0]), True)
-        else:
-            for start, stop in bands(0, entry.nbytes, 1):
-                yield Unit(entry, start, stop, False)
 
 
 def cast(
     source: HfReader,
     linear: set[str],
     layouts: dict[str, safetensors_io.Plan],
-    how: Kernel,
+    how: Later[Kernel],
     out: Staging,
     options: Any,
 ) -> None:
@@ -228,7 +230,7 @@ def cast(
         data = buffer(unit.nbytes, np.uint8)
         source.read_into(unit.entry, unit.start, memoryview(data))
         if unit.entry.dtype in CASTABLE and not options.allow_nonfinite:
-            bad = how.nonfinite(data.view(f"u{ITEMSIZE[unit.entry.dtype]}"), unit.entry.dtype)
+            bad = count_nonfinite(data.view(f"u{ITEMSIZE[unit.entry.dtype]}"), unit.entry.dtype)
             if bad:
                 raise nonfinite(unit.entry, f"{bad} elements", "; --allow-nonfinite keeps them")
         return [put(unit.entry.file, layouts[unit.entry.file].offsets[unit.entry.name] + unit.start, data)]
@@ -239,7 +241,7 @@ def cast(
         source.read_into(entry, unit.start * columns * raw.itemsize, memoryview(raw.reshape(-1).view(np.uint8)))
         codes = buffer(rows * columns, np.uint8, "codes").reshape(rows, columns)
         scale_inv = np.empty(scale_shape(raw.shape), np.float32)
-        bad = how.cast(raw, entry.dtype, codes, scale_inv)
+        bad = how.get().cast(raw, entry.dtype, codes, scale_inv)
         if bad and strict:
             hint = "" if options.scale_formula == "slime" else "; --allow-nonfinite casts them"
             raise nonfinite(entry, f"{bad} blocks of rows {unit.start} to {unit.stop - 1}", hint)

@@ -104,7 +104,7 @@ def test_without_numba_torch_gives_the_same_files(tmp_path):
     for options in ((), ("--force-pow-2-scale", "False")):
         fast = ok(cast(source, tmp_path / "numba", "-f", *options))
         slow = ok(cast(source, tmp_path / "torch", "-f", *options, env={"PYTHONPATH": str(tmp_path / "no")}))
-        assert ", numba\n" in fast.stdout and ", torch on cpu\n" in slow.stdout
+        assert " (numba): " in fast.stdout and " (torch on cpu): " in slow.stdout
         assert models.load(tmp_path / "numba") == models.load(tmp_path / "torch")
 
 

@@ -133,20 +133,6 @@ def _cast(x, codes, scale_inv, shift, magnitude, infinity, rule, overflow):
     return nonfinite
 
 
-@numba.njit(**_OPTIONS)
-def _count(x, magnitude, infinity):
-    count = 0
-    for i in range(x.size):
-        count += (x[i] & magnitude) >= infinity
-    return count
-
-
-def nonfinite(x: np.ndarray, infinity: int) -> int:
-    """The number of NaN and infinities in `x`, unsigned bits of a floating-point type whose infinity is `infinity`."""
-    number = x.dtype.type
-    return _count(x.reshape(-1), number(np.iinfo(x.dtype).max >> 1), number(infinity))
-
-
 def cast(x: np.ndarray, codes: np.ndarray, scale_inv: np.ndarray, rule: int, overflow: float) -> int:
     """Quantise `x` in 128x128 blocks into `codes` and `scale_inv`; returns the number of blocks with inf or NaN.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tools.checkpoint.errors import CheckpointError
-from tools.checkpoint.safetensors_io import DTYPES, Entry
+from tools.checkpoint.safetensors_io import DTYPES, ITEMSIZE, Entry
 
 BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
@@ -56,6 +56,14 @@ def is_linear(entry: Entry) -> bool:
     )
 
 
+def count_nonfinite(raw: np.ndarray, dtype: str) -> int:
+    """How many of `raw`, bits of safetensors `dtype` as unsigned integers, are NaN or infinity."""
+    magnitudes = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)  # they order as the numbers do
+    if not magnitudes.size or magnitudes.max() < _INFINITY[dtype]:
+        return 0
+    return int(np.count_nonzero(magnitudes >= _INFINITY[dtype]))
+
+
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(row blocks, column blocks) of a matrix, ragged edges counted."""
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
@@ -87,8 +95,7 @@ def quantization_config(kept: Iterable[Entry]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`cast(raw, dtype, codes, scale_inv)` quantises whole rows of blocks and counts blocks with NaN or infinity;
-    `nonfinite(raw, dtype)` counts elements that are one.
+    """`cast(raw, dtype, codes, scale_inv)` quantises whole rows of blocks and counts blocks with NaN or infinity.
 
     raw: (rows, columns) bits of safetensors `dtype` as unsigned integers. codes: the same shape, uint8. scale_inv:
     `scale_shape(raw.shape)`, float32. Every kernel gives the same bits. Any thread may call it.
@@ -96,7 +103,13 @@ class Kernel:
 
     name: str
     cast: Callable[[np.ndarray, str, np.ndarray, np.ndarray], int]
-    nonfinite: Callable[[np.ndarray, str], int]
+
+    def warm_up(self, dtypes: Iterable[str]) -> Kernel:
+        """Have the machine code for safetensors `dtypes` at hand: the first call of each loads or compiles it."""
+        for dtype in dtypes:
+            raw = np.zeros((1, 1), np.dtype(f"u{ITEMSIZE[dtype]}"))
+            self.cast(raw, dtype, np.empty((1, 1), np.uint8), np.empty((1, 1), np.float32))
+        return self
 
 
 def kernel(device: Literal["auto", "cpu", "cuda"], rule: Rule) -> Kernel:
@@ -129,10 +142,7 @@ def _numba_kernel(rule: Rule) -> Kernel:
             raw = raw.view(np.float16).astype(np.float32).view(np.uint32)
         return fused.cast(raw, codes, scale_inv, number, _OVERFLOW[dtype])
 
-    def nonfinite(raw: np.ndarray, dtype: str) -> int:
-        return fused.nonfinite(raw, _INFINITY[dtype])
-
-    return Kernel("numba", cast, nonfinite)
+    return Kernel("numba", cast)
 
 
 def _torch_kernel(rule: Rule, device: str) -> Kernel:
@@ -140,12 +150,9 @@ def _torch_kernel(rule: Rule, device: str) -> Kernel:
 
     from tools.checkpoint import block_fp8
 
-    def tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
-        signed = raw.view(np.dtype(f"i{raw.itemsize}"))  # torch's unsigned types have no views
-        return torch.from_numpy(signed).view(getattr(torch, DTYPES[dtype])).to(device)
-
     def cast(raw: np.ndarray, dtype: str, codes: np.ndarray, scale_inv: np.ndarray) -> int:
-        x = tensor(raw, dtype)
+        signed = raw.view(np.dtype(f"i{raw.itemsize}"))  # torch's unsigned types have no views
+        x = torch.from_numpy(signed).view(getattr(torch, DTYPES[dtype])).to(device)
         quantized = block_fp8.quantize(x, block_fp8.WEIGHT_BLOCK, pow2=rule.pow2, formula=rule.formula)
         torch.from_numpy(codes).copy_(quantized.codes)
         torch.from_numpy(scale_inv).copy_(quantized.scale_inv)
@@ -155,10 +162,7 @@ def _torch_kernel(rule: Rule, device: str) -> Kernel:
         rows, columns = (torch.div(index, BLOCK, rounding_mode="floor") for index in bad.nonzero(as_tuple=True))
         return len(torch.unique(torch.stack((rows, columns)), dim=1)[0])
 
-    def nonfinite(raw: np.ndarray, dtype: str) -> int:
-        return int((~torch.isfinite(tensor(raw, dtype))).sum())
-
-    return Kernel(f"torch on {device}", cast, nonfinite)
+    return Kernel(f"torch on {device}", cast)
 
 
 def check_not_quantised(config: dict[str, Any], path: Path, entries: Iterable[Entry]) -> None:

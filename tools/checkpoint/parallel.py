@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,18 @@ def for_each(units: Iterable[T], work: Callable[[T], None], threads: int) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+class Later(Generic[T]):
+    """The result of `make`, which begins now in a thread of its own. `get` waits for it and raises what it raised."""
+
+    def __init__(self, make: Callable[[], T]):
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(make)
+        self._pool.shutdown(wait=False)
+
+    def get(self) -> T:
+        return self._future.result()
 
 
 def buffer(count: int, dtype: np.dtype | type, slot: str = "") -> np.ndarray:
