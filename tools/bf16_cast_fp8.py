@@ -185,7 +185,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{self.entry.name}:{self.start}"
+        return f"{self.entry.name}:{self.start}-{self.stop}"
 
 
 def units(source: HfReader, linear: set[str]) -> Iterator[Unit]:

@@ -97,7 +97,7 @@ class Staging:
         """Give the directory its name. The old one is set aside first and removed last."""
         if self._fsync:
             for path in [*self.partial.rglob("*"), self.partial]:
-                _sync(path)
+                fsync_path(path)
         self._close_files()
         (self.partial / JOURNAL).unlink()
         aside = self._force and self.directory.exists()
@@ -110,7 +110,7 @@ class Staging:
                 self._old.rename(self.directory)
             raise
         if self._fsync:
-            _sync(self.directory.parent)
+            fsync_path(self.directory.parent)
         self._published = True
         shutil.rmtree(self._old, ignore_errors=True)
 
@@ -157,7 +157,7 @@ class Staging:
     def done(self, item: str) -> bool:
         """Whether the journal lists `item` and its bytes are there unchanged."""
         ranges = self._done.get(item)
-        return ranges is not None and all(self._matches(*one) for one in ranges)
+        return bool(ranges) and all(self._matches(*one) for one in ranges)
 
     def record(self, item: str, ranges: Iterable[Range]) -> None:
         """Note that `item` is finished; any thread."""
@@ -305,7 +305,8 @@ def _entry(line: str) -> tuple[str, list[Range]] | None:
         return None
 
 
-def _sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

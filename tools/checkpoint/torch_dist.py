@@ -41,6 +41,7 @@ from tools.checkpoint.safe_pickle import (
     Tensor,
     TorchArchive,
 )
+from tools.checkpoint.staging import fsync_path
 
 if TYPE_CHECKING:
     import torch
@@ -106,19 +107,10 @@ def write_tracker(root: str | os.PathLike, value: Iteration) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, Path(root) / TRACKER)
-        fsync_directory(Path(root))
+        fsync_path(Path(root))
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{Path(root) / TRACKER}: cannot be written ({error.strerror})") from None
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def resolve(path: str | os.PathLike, ckpt_step: int | None = None) -> Location:

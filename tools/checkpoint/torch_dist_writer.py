@@ -24,8 +24,9 @@ import numpy as np
 
 from tools.checkpoint.errors import CheckpointError
 from tools.checkpoint.safe_pickle import NUMPY_DTYPES
+from tools.checkpoint.staging import fsync_path
 from tools.checkpoint.torch_archive import Archive, Array, Call, Instance, Named, dumps
-from tools.checkpoint.torch_dist import FORMAT, check_tiling, fsync_directory
+from tools.checkpoint.torch_dist import FORMAT, check_tiling
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +276,7 @@ class Writer:
         self._write(".metadata", metadata)
         self._write("common.pt", common_bytes(common, self.directory))
         self._write("metadata.json", format_bytes())
-        fsync_directory(self._temporary)
+        fsync_path(self._temporary)
         self._publish()
         self._finished = True
 
@@ -296,7 +297,7 @@ class Writer:
         if self._replace and self.directory.exists():
             self.directory.rename(old)
         self._temporary.rename(self.directory)
-        fsync_directory(self.directory.parent)
+        fsync_path(self.directory.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
