@@ -36,7 +36,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
                 continue
             previous[number] = signal.signal(number, _raise_interrupted)
     try:
-        return main(argv)
+        status = main(argv)
+        sys.stdout.flush()  # a reader that has gone shows here, not when the interpreter ends
+        return status
     except CheckpointError as error:
         message, status = str(error), trouble
     except BrokenPipeError:  # the reader of the output has gone: no message, as of any filter
