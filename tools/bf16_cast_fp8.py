@@ -50,9 +50,9 @@ from tools.checkpoint.fp8_cast import (  # noqa: E402
     kernel,
     quantization_config,
     scale_shape,
+    tensor_parallel_problem,
 )
 from tools.checkpoint.parallel import PIECE, Later, bands, buffer, for_each  # noqa: E402
-from tools.checkpoint.qwen2_config import fp8_tensor_parallel_problem  # noqa: E402
 from tools.checkpoint.safetensors_io import ITEMSIZE, METADATA, Entry, HfReader  # noqa: E402
 from tools.checkpoint.staging import Staging  # noqa: E402
 
@@ -142,7 +142,7 @@ def tensor_parallel_note(config: dict[str, Any], path: Path, wanted: int | None)
     problems: dict[int, str | None] = {}
     for size in sorted({*TENSOR_PARALLEL_SIZES, *([wanted] if wanted else [])}):
         try:
-            problems[size] = fp8_tensor_parallel_problem(config, size)
+            problems[size] = tensor_parallel_problem(config, size)
         except (KeyError, TypeError, ZeroDivisionError, OverflowError):
             if wanted:
                 raise CheckpointError(f"--check-tp: {path} lacks the sizes of a decoder, cannot check") from None

@@ -207,7 +207,7 @@ def plan(source: HfReader, shape: Qwen2Shape, ranks: int, layout: Layout) -> Ite
                 size = (stop - start, row.shape[1] // strips) if len(row.shape) == 2 else (stop - start,)
                 at = (start, strip * size[1]) if len(row.shape) == 2 else (start,)
                 chunk = Array(DTYPES[dtype], (*(1 for _ in lead), *size))
-                slots.append(layout.add_tensor(row.key, DTYPES[dtype], full, (*lead, *at), chunk))
+                slots.append(layout.add_tensor(row.key, full, (*lead, *at), chunk))
             segments = tuple(_segments(source, row, start, stop))
             name = f"{row.key}{list(lead)}{start}"
             yield Unit(name, tuple(slots), segments, columns, ITEMSIZE[dtype])

@@ -205,6 +205,11 @@ def test_megatron_core_loads_what_we_write(megatron_checkpoint, tmp_path, name, 
     ours = hf_logits(tmp_path / "hf", truth["input_ids"])
     assert np.abs(logits[..., : ours.shape[-1]] - ours).max() <= 2e-6
     assert np.abs(logits[..., : ours.shape[-1]] - truth["logits"]).max() <= 2e-6
+    # What docs/TOOLS.md says of padding: logit 0, so that many times exp(0) more in the sum under Megatron's loss.
+    assert not logits[..., ours.shape[-1] :].any()
+    total = np.exp(ours.astype(np.float64)).sum(-1)
+    added = np.log(np.exp(logits.astype(np.float64)).sum(-1) / total)
+    np.testing.assert_allclose(added, np.log1p((logits.shape[-1] - ours.shape[-1]) / total), atol=1e-6)
     assert (tmp_path / "ckpt" / torch_dist.TRACKER).read_text() == "release"
 
 

@@ -8,15 +8,12 @@ import resource
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from tools.checkpoint.errors import CheckpointError
-
-INTERRUPTED = 130
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,7 +42,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
-        message, status = "interrupted", getattr(error, "status", INTERRUPTED)
+        message, status = "interrupted", getattr(error, "status", 128 + signal.SIGINT)
     except MemoryError:
         message, status = "out of memory", trouble
     except OSError as error:
@@ -66,10 +63,8 @@ def _raise_interrupted(number: int, _frame: Any) -> None:
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help is the command's own docstring, followed by the options."""
-    made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    return made
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
 
 
 def add_output_options(options: argparse.ArgumentParser) -> None:
@@ -112,7 +107,6 @@ class Progress:
 
     def __init__(self, total: int, what: str):
         terminal = sys.stderr.isatty()
-        self.total, self.start = total, time.monotonic()
         self._lock = threading.Lock()
         self._bar = tqdm(
             total=total,

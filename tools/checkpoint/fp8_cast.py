@@ -25,11 +25,11 @@ CASTABLE = ("BF16", "F16", "F32")
 # The projections of a decoder layer: what slime quantises when it syncs weights (megatron_to_hf/__init__.py:86 at the
 # pin) and what inference engines hold as quantised linear layers. Routers, norms, embeddings and lm_head do not end
 # in _proj.
-_LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.(?:\S+\.)?\w*_proj(?:_with_mqa)?\.weight")
+_LINEAR = re.compile(r"(?:^|\.)layers\.\d+\.(?:\S+\.)?\w*_proj(?:_with_mqa)?\.weight$")
 _NOT_TEXT = re.compile(r"(?:^|\.)(?:visual|vision|audio)|\beh_proj\.")
 
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # its bits
 # The largest finite number of each type, which TransformerEngine takes for a scale that overflows.
-_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # the bits of infinity
 _OVERFLOW = {"BF16": 3.3895313892515355e38, "F16": 65504.0, "F32": 3.4028234663852886e38}
 
 
@@ -51,7 +51,6 @@ def is_linear(entry: Entry) -> bool:
         and min(entry.shape) > 0
         and entry.dtype in CASTABLE
         and _LINEAR.search(entry.name) is not None
-        and _LINEAR.search(entry.name).end() == len(entry.name)
         and not _NOT_TEXT.search(entry.name)
     )
 
@@ -88,6 +87,31 @@ def quantization_config(kept: Iterable[Entry]) -> dict[str, Any]:
         "modules_to_not_convert": sorted(modules),
         "ignored_layers": sorted(modules),
     }
+
+
+def tensor_parallel_problem(config: dict[str, Any], size: int) -> str | None:
+    """Why an inference engine refuses block-FP8 weights of this model at a tensor parallel size; None if it does not.
+
+    SGLang (layers/quantization/fp8.py) and vLLM want whole 128-blocks on every rank. Key/value heads are replicated
+    where there are fewer than ranks. At size 1 nothing is cut, so nothing must align.
+    """
+    if size == 1:
+        return None
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if heads % size:
+        return f"{heads} heads do not divide by {size}"
+    if groups % size and size % groups:
+        return f"{groups} key/value heads do not divide by {size}"
+    for name, width in (
+        ("q_proj rows and o_proj columns", heads // size * head_dim),
+        ("k_proj and v_proj rows", max(1, groups // size) * head_dim),
+        ("gate_proj and up_proj rows and down_proj columns", config["intermediate_size"] / size),
+    ):
+        if width % BLOCK:
+            return f"{name}: {width:g} per rank are {width / BLOCK:g} blocks of {BLOCK}"
+    return None
 
 
 # ---------------------------------------------------------------- kernels

@@ -16,7 +16,6 @@ from tools.checkpoint.errors import CheckpointError, shown
 from tools.checkpoint.qwen2_layout import Qwen2Shape
 from tools.checkpoint.safetensors_io import read_json
 
-FP8_BLOCK = 128
 DEFAULT_ROPE_BASE = 10000.0  # transformers' Qwen2Config
 
 # Field of Qwen2Shape -> its names in config.json and in Megatron's arguments.
@@ -176,28 +175,3 @@ def check_tensor_parallel(shape: Qwen2Shape, size: int, path: Path) -> None:
     for name, count in (("key/value heads", shape.groups), ("heads", shape.heads), ("ffn rows", shape.ffn)):
         if count % size:
             raise CheckpointError(f"{path}: {count} {name} cannot be split over tensor parallel {size}")
-
-
-def fp8_tensor_parallel_problem(config: dict[str, Any], size: int) -> str | None:
-    """Why an inference engine refuses block-FP8 weights of this model at a tensor parallel size; None if it does not.
-
-    SGLang (layers/quantization/fp8.py) and vLLM want whole 128-blocks on every rank. Key/value heads are replicated
-    where there are fewer than ranks. At size 1 nothing is cut, so nothing must align.
-    """
-    if size == 1:
-        return None
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if heads % size:
-        return f"{heads} heads do not divide by {size}"
-    if groups % size and size % groups:
-        return f"{groups} key/value heads do not divide by {size}"
-    for name, width in (
-        ("q_proj rows and o_proj columns", heads // size * head_dim),
-        ("k_proj and v_proj rows", max(1, groups // size) * head_dim),
-        ("gate_proj and up_proj rows and down_proj columns", config["intermediate_size"] / size),
-    ):
-        if width % FP8_BLOCK:
-            return f"{name}: {width:g} per rank are {width / FP8_BLOCK:g} blocks of {FP8_BLOCK}"
-    return None

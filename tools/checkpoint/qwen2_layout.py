@@ -215,35 +215,22 @@ class Entry:
     tensor: torch.Tensor
 
 
-def to_megatron(
-    get: Callable[[str], torch.Tensor],
-    shape: Qwen2Shape,
-    prefix: str = "",
-    *,
-    vocab_padding: Literal["refuse", "zeros"] = "refuse",
-) -> Iterator[Entry]:
+def to_megatron(get: Callable[[str], torch.Tensor], shape: Qwen2Shape, prefix: str = "") -> Iterator[Entry]:
     """The chunks of the whole model, one Hugging Face tensor (one layer's q, k, v together) in memory at a
     time.
 
-    `get(name)` returns the tensor of that Hugging Face name. `vocab_padding` says what happens when it has
-    fewer vocabulary rows than `shape.vocab_rows`: "zeros" writes zero rows, which leave the logits of real
-    tokens alone but take part in Megatron's softmax over all rows, so they raise its loss slightly. More rows
-    are always an error.
+    `get(name)` returns the tensor of that Hugging Face name.
     """
     for row in table(shape):
         lead = () if row.layer is None else (row.layer,)
         key = prefix + row.key
         size = row.shape if row.layer is None else (shape.layers, *row.shape)
         rest = (0,) * (len(row.shape) - 1)
-        parts = [(part, _fetch(get, part, row, vocab_padding)) for part in row.parts]
+        parts = [(part, _fetch(get, part, row)) for part in row.parts]
         if all(len(part.runs) == 1 for part in row.parts):
             for part, tensor in parts:
                 start = part.runs[0][0]
                 yield Entry(key, size, (*lead, start, *rest), tensor[None] if lead else tensor)
-                missing = part.runs[0][1] - start - tensor.shape[0]
-                if missing:
-                    padding = tensor.new_zeros(missing, *row.shape[1:])
-                    yield Entry(key, size, (start + tensor.shape[0], *rest), padding)
         else:
             fused = parts[0][1].new_empty(row.shape)
             for part, tensor in parts:
@@ -253,15 +240,14 @@ def to_megatron(
             yield Entry(key, size, (*lead, 0, *rest), fused[None])
 
 
-def _fetch(get: Callable[[str], torch.Tensor], part: Part, row: Row, vocab_padding: str) -> torch.Tensor:
+def _fetch(get: Callable[[str], torch.Tensor], part: Part, row: Row) -> torch.Tensor:
     tensor = get(part.name).detach()
     expected = (sum(stop - start for start, stop in part.runs), *row.shape[1:])
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in MODEL_DTYPES:
         raise CheckpointError(f"{part.name}: dtype {dtype}, expected {', '.join(MODEL_DTYPES)}")
     found = tuple(tensor.shape)
-    padded = row.is_vocabulary and vocab_padding == "zeros" and found[1:] == expected[1:] and found[0] < expected[0]
-    if found != expected and not padded:
+    if found != expected:
         raise CheckpointError(f"{part.name}: shape {found}, expected {expected}")
     return tensor
 

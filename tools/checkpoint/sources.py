@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from tools.checkpoint import torch_dist
 from tools.checkpoint.errors import CheckpointError
-from tools.checkpoint.fp8_cast import SCALE_SUFFIX, scale_shape
+from tools.checkpoint.fp8_cast import BLOCK, SCALE_SUFFIX, scale_shape
 from tools.checkpoint.qwen2_layout import HfTensor, Qwen2Shape, plan_hf
 from tools.checkpoint.safe_pickle import NUMPY_DTYPES
 from tools.checkpoint.safetensors_io import DTYPES, Entry, HfReader, read_json
@@ -34,7 +35,7 @@ class Info:
         return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
 
 
-class Source:
+class Source(ABC):
     """A checkpoint. tensors: Hugging Face name -> Info; scales of FP8 weights are not listed, `scales` reads them.
 
     padded: whether vocabulary rows beyond the tokenizer's may be there (Megatron's padding). notes: what was left out.
@@ -47,13 +48,13 @@ class Source:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
+    @abstractmethod
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as (rows, ...) raw elements of `safe_pickle.NUMPY_DTYPES`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scales(self, name: str) -> np.ndarray:
-        """The float32 scales of an FP8 weight, one per block."""
-        raise NotImplementedError
+        """The float32 scales of an FP8 weight, one per block; only FP8 weights have any."""
 
 
 class HfSource(Source):
@@ -138,6 +139,9 @@ class TorchDistSource(Source):
             position += last - first
         return rows
 
+    def scales(self, name: str) -> np.ndarray:
+        raise CheckpointError(f"{self._reader.directory}: {name} has no scales")
+
 
 def open_source(path: Path, stack: contextlib.ExitStack) -> Source:
     """The checkpoint at `path`: a Hugging Face directory, or what `torch_dist.resolve` takes."""
@@ -168,7 +172,7 @@ E4M3_VALUES = _e4m3_values()
 def dequantize(codes: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
     """(rows, columns) float32: code * scale_inv, for whole rows of blocks."""
     rows, columns = codes.shape
-    scales = np.repeat(np.repeat(scale_inv, 128, axis=0)[:rows], 128, axis=1)[:, :columns]
+    scales = np.repeat(np.repeat(scale_inv, BLOCK, axis=0)[:rows], BLOCK, axis=1)[:, :columns]
     return E4M3_VALUES[codes] * scales
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoint.errors import CheckpointError
+from tools.checkpoint.parallel import PIECE
 
 JOURNAL = ".journal.jsonl"
-PIECE = 4 << 20
 
 Range = tuple[str, int, int, int]  # file, offset, length, CRC-32
 

@@ -189,6 +189,13 @@ class Archive:
         yield from zip(self.payloads, views, strict=True)
         yield from self.frame([zlib.crc32(view) for view in views])
 
+    def to_bytes(self) -> bytes:
+        """The whole archive, for a value whose arrays have their data."""
+        content = bytearray(self.size)
+        for position, piece in self.pieces():
+            content[position : position + len(piece)] = piece
+        return bytes(content)
+
     def _add(self, name: str, size: int, data: bytes | None, array: int = -1) -> None:
         encoded = f"archive/{name}".encode()
         position = self._end + 30 + len(encoded) + 4  # the 4 bytes that open the padding

@@ -36,7 +36,6 @@ from tools.checkpoint.safe_pickle import (
     NUMPY_DTYPES,
     ByteRange,
     Member,
-    NumpyArray,
     Record,
     Tensor,
     TorchArchive,
@@ -406,12 +405,6 @@ class Reader:
         used = [crc for crc in crcs if crc is not None]
         return used[0] if len(used) == 1 and used[0] >= 0 else None
 
-    def read_torch(
-        self, key: str, start: int | None = None, stop: int | None = None, *, layer: int | None = None
-    ) -> torch.Tensor:
-        """`read` as a torch tensor of the stored dtype."""
-        return as_torch(self.read(key, start, stop, layer=layer), self.tensors[key].dtype)
-
     # ---- checks
 
     def _check_format(self) -> None:
@@ -533,14 +526,9 @@ class Reader:
         return crc if target.size == out.size and whole_rows else -1
 
 
-def as_torch(value: np.ndarray | Tensor | NumpyArray, dtype: str | None = None) -> torch.Tensor:
-    """A torch tensor of a numpy array whose bits are `dtype` (shares memory), or of an inert record (a copy)."""
+def as_torch(value: np.ndarray, dtype: str) -> torch.Tensor:
+    """A torch tensor of an array whose bits are torch dtype `dtype`; shares memory."""
     import torch
 
-    if isinstance(value, Tensor | NumpyArray):
-        dtype = dtype or (value.dtype if isinstance(value, Tensor) else None)
-        value = np.array(value.numpy())
-    if dtype is None:
-        return torch.from_numpy(value)
     flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return torch.from_numpy(flat).view(getattr(torch, dtype)).reshape(value.shape)

@@ -73,11 +73,11 @@ class Layout:
         self._objects: set[str] = set()
         self._ranges: dict[tuple[str, tuple[int, ...] | None], tuple[int, int]] = {}
 
-    def add_tensor(self, key: str, dtype: str, shape: Sequence[int], offset: Sequence[int], chunk: Array) -> Slot:
+    def add_tensor(self, key: str, shape: Sequence[int], offset: Sequence[int], chunk: Array) -> Slot:
         """A place for `chunk`, the box at `offset` of the tensor `key` of global shape `shape`."""
         shape, offset = tuple(shape), tuple(offset)
-        entry = self._tensors.setdefault(key, _Tensor(dtype, shape, []))
-        if key in self._objects or (entry.dtype, entry.shape) != (dtype, shape) or chunk.dtype != dtype:
+        entry = self._tensors.setdefault(key, _Tensor(chunk.dtype, shape, []))
+        if key in self._objects or (entry.dtype, entry.shape) != (chunk.dtype, shape):
             raise CheckpointError(f"{self.where}: {key}: {chunk.dtype} {shape} contradicts an earlier chunk")
         entry.chunks.append((offset, chunk.shape))
         return self._place(key, offset, chunk)
@@ -169,11 +169,7 @@ def common_bytes(common: dict[str, Any], where: str | os.PathLike) -> bytes:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"chained_optim_avoid_prefix": True, "singleton_local_shards": False},
     }
-    archive = Archive(plain({**complete, **common}, "common.pt"))
-    content = bytearray(archive.size)
-    for position, piece in archive.pieces():
-        content[position : position + len(piece)] = piece
-    return bytes(content)
+    return Archive(plain({**complete, **common}, "common.pt")).to_bytes()
 
 
 def plain(value: Any, where: str) -> Any:
@@ -263,7 +259,7 @@ class Writer:
         array = as_array(tensor)
         shape = array.shape if global_shape is None else tuple(global_shape)
         at = (0,) * len(shape) if offset is None else tuple(offset)
-        self._fill(self._layout.add_tensor(key, array.dtype, shape, at, array))
+        self._fill(self._layout.add_tensor(key, shape, at, array))
 
     def add_object(self, key: str, value: Any) -> None:
         """Write an object of constants, containers, torch tensors and numpy arrays."""

@@ -14,8 +14,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tools.checkpoint.fp8_cast import Rule, is_linear, kernel, quantization_config, scale_shape
-from tools.checkpoint.qwen2_config import fp8_tensor_parallel_problem
+from tools.checkpoint.fp8_cast import (
+    Rule,
+    is_linear,
+    kernel,
+    quantization_config,
+    scale_shape,
+    tensor_parallel_problem,
+)
 from tools.checkpoint.safetensors_io import Entry
 from tools.checkpoint.sources import dequantize
 
@@ -205,6 +211,20 @@ def test_power_of_two_cast_of_its_own_output_is_lossless(x):
     assert (third[0] == again)[holds].all()
 
 
+def test_how_far_the_rules_are_apart():
+    """The figures of docs/TOOLS.md: te and slime in float32 scales, and what powers of two cost."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, 0.02, (2048, 2048)) * np.exp(rng.normal(0, 0.3, (2048, 1)))
+    x = x.astype(np.float32).astype(ml_dtypes.bfloat16)
+    te, slime, pow2 = (cast(x, "numba", rule) for rule in (Rule(False), Rule(False, "slime"), Rule()))
+    assert 0.15 < (te[1] != slime[1]).mean() < 0.35 and 1 / 8000 < (te[0] != slime[0]).mean() < 1 / 2500
+    exact = x.astype(np.float64)
+    decibels = [
+        20 * np.log10(np.linalg.norm(exact) / np.linalg.norm(dequantize(c, s) - exact)) for c, s, _ in (te, pow2)
+    ]
+    assert 31 < decibels[1] < decibels[0] < min(decibels[1] + 0.5, 32)
+
+
 def test_float32_scales_do_not_survive_bfloat16():
     """Why a model trained with float32 scales is not restored by bfloat16 weights, while power-of-two ones are."""
     x = np.random.default_rng(0).normal(0, 0.02, (256, 256)).astype(np.float32).astype(ml_dtypes.bfloat16)
@@ -285,5 +305,5 @@ QWEN25 = {
     ],
 )
 def test_tensor_parallel_sizes_of_the_qwen25_models(model, size, problem):
-    found = fp8_tensor_parallel_problem(QWEN25[model], size)
+    found = tensor_parallel_problem(QWEN25[model], size)
     assert found is None if problem is None else problem in found

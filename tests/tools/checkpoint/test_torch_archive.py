@@ -1,5 +1,4 @@
-"""Archives written without torch: torch loads them, so does our reader, and the metadata is what torch's classes say.
-"""
+"""Archives written without torch: torch loads them, so does our reader, and metadata is what torch's classes say."""
 
 from __future__ import annotations
 
@@ -26,11 +25,7 @@ STORED = [dtype for dtype in NUMPY_DTYPES if not dtype.startswith("float8")]
 
 
 def build(value: object) -> bytes:
-    archive = Archive(value)
-    content = bytearray(archive.size)
-    for position, piece in archive.pieces():
-        content[position : position + len(piece)] = piece
-    return bytes(content)
+    return Archive(value).to_bytes()
 
 
 @st.composite
@@ -96,9 +91,7 @@ def test_a_namespace_and_constants_of_torch(tmp_path):
 def test_metadata_equals_that_of_torchs_classes():
     layout = Layout("here")
     table = torch.arange(12, dtype=torch.bfloat16).reshape(4, 3)
-    halves = [
-        layout.add_tensor("a.weight", "bfloat16", (4, 3), (row, 0), as_array(table[row : row + 2])) for row in (0, 2)
-    ]
+    halves = [layout.add_tensor("a.weight", (4, 3), (row, 0), as_array(table[row : row + 2])) for row in (0, 2)]
     state = layout.add_object("b._extra_state/shard_0_1", Array("uint8", (0,), np.empty(0, np.uint8)))
     size = torch.Size
     expected = dcp.Metadata(
