@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.checkpoint.sources import Info, Source, as_float32, dequantize
+from tools.checkpoint.fp8_cast import BLOCK
+from tools.checkpoint.sources import Info, Source, as_float32, dequantize, spread
 
 BLOCK_BOUND = 0.0626
 _SLACK = 1 + 2.0**-16  # roundings of the scale and of two products to float32, each 2**-24, as parts of half a step
@@ -110,7 +111,7 @@ def _rows(a: Source, b: Source, left: Info, right: Info) -> tuple[int | None, st
 def _bands(rows: int, info: Info) -> list[tuple[int, int]]:
     """Ranges of whole rows of blocks."""
     width = 4 * math.prod(info.shape[1:])
-    step = max(1, _BAND // max(1, 128 * width)) * 128
+    step = max(1, _BAND // max(1, BLOCK * width)) * BLOCK
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -119,7 +120,7 @@ class _Side:
 
     def __init__(self, raw: np.ndarray, dtype: str, scales: np.ndarray | None, start: int):
         self.raw, self.dtype = raw, dtype
-        self.scales = None if scales is None else scales[start // 128 : -(-(start + len(raw)) // 128)]
+        self.scales = None if scales is None else scales[start // BLOCK : -(-(start + len(raw)) // BLOCK)]
 
     def values(self) -> np.ndarray:
         """(rows, columns) float32."""
@@ -159,15 +160,15 @@ class _Total:
             self.reference += float(np.square(finite).sum())
             return
         scales = x.scales if x.scales is not None else y.scales
-        scale = np.repeat(np.repeat(scales.astype(np.float64), 128, axis=0)[: len(a)], 128, axis=1)[:, : a.shape[1]]
-        self.beyond += int(np.count_nonzero(~(difference <= _half_step(finite, scale) * _SLACK)))
+        step = _half_step(finite, spread(scales.astype(np.float64), a.shape))
+        self.beyond += int(np.count_nonzero(~(difference <= step * _SLACK)))
         error, size = _per_block(np.square(difference)), _per_block(np.square(finite))
         self.error += float(error.sum())
         self.reference += float(size.sum())
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.where(error == 0, 0.0, np.sqrt(error / size))
         row, column = np.unravel_index(int(np.argmax(relative)), relative.shape)
-        found = (start // 128 + int(row), int(column), float(relative[row, column]))
+        found = (start // BLOCK + int(row), int(column), float(relative[row, column]))
         if self.worst is None or found[2] > self.worst[2]:
             self.worst = found
 
@@ -194,5 +195,5 @@ def _half_step(x: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
 
 def _per_block(values: np.ndarray) -> np.ndarray:
     """Sums over 128x128 blocks, ragged ones included."""
-    rows = np.add.reduceat(values, np.arange(0, values.shape[0], 128), axis=0)
-    return np.add.reduceat(rows, np.arange(0, values.shape[1], 128), axis=1)
+    rows = np.add.reduceat(values, np.arange(0, values.shape[0], BLOCK), axis=0)
+    return np.add.reduceat(rows, np.arange(0, values.shape[1], BLOCK), axis=1)

@@ -169,11 +169,15 @@ def _e4m3_values() -> np.ndarray:
 E4M3_VALUES = _e4m3_values()
 
 
+def spread(scale_inv: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """One number for each element of a matrix of `shape` from one for each of its blocks."""
+    rows = np.repeat(scale_inv, BLOCK, axis=0)[: shape[0]]
+    return np.repeat(rows, BLOCK, axis=1)[:, : shape[1]]
+
+
 def dequantize(codes: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
     """(rows, columns) float32: code * scale_inv, for whole rows of blocks."""
-    rows, columns = codes.shape
-    scales = np.repeat(np.repeat(scale_inv, BLOCK, axis=0)[:rows], BLOCK, axis=1)[:, :columns]
-    return E4M3_VALUES[codes] * scales
+    return E4M3_VALUES[codes] * spread(scale_inv, codes.shape)
 
 
 def describe(source: Source, path: Path) -> dict[str, Any]:
