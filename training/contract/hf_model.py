@@ -1,4 +1,4 @@
-"""Compare pretrain_gpt's model arguments with the Hugging Face checkpoint they must describe.
+"""Compare Megatron's model arguments with the Hugging Face checkpoint they must describe.
 
 Megatron never reads `config.json`: a wrong --rotary-base or one row too few in the embedding trains, and
 the damage shows at conversion or in evaluation, if at all.  Standard library only.
@@ -143,8 +143,11 @@ def _switches(s: Setup, config: dict[str, Any]) -> Iterator[tuple[bool, str, str
         )
 
 
-def check(setup: Setup, config: dict[str, Any], name: str) -> list[Problem]:
-    """Differences between the arguments and the config; `name` is how messages call the config."""
+def check(setup: Setup, config: dict[str, Any], name: str, *, sequences: bool = True) -> list[Problem]:
+    """Differences between the arguments and the config; `name` is how messages call the config.
+
+    `sequences`: --seq-length is the length that is trained.
+    """
     problems = [
         Problem("error", flag, f"expected {wanted} ({key}), found {found}", name)
         for flag, found, wanted, key in _expected(setup, config)
@@ -154,15 +157,17 @@ def check(setup: Setup, config: dict[str, Any], name: str) -> list[Problem]:
         Problem("error", flag, message, name) for holds, flag, message in _switches(setup, config) if not holds
     ]
     longest = config.get("max_position_embeddings")
-    if longest is not None and setup.seq > longest:
+    if sequences and longest is not None and setup.seq > longest:
         message = f"{setup.seq} is longer than the {longest} positions the model was trained for"
         problems.append(Problem("warning", "--seq-length", message, name))
     return problems
 
 
 def _length(setup: Setup) -> int | None:
-    """Tokens of the run's tokenizer, None where they are not known here."""
+    """Tokens that the embedding is padded from, None where they are not known here."""
     a = setup.args
+    if getattr(a, "padded_vocab_size", None) and a.vocab_size:  # slime's, which believes --vocab-size
+        return a.vocab_size
     if a.tokenizer_type == "HuggingFaceTokenizer" and a.tokenizer_model is not None:
         return tokenizer_length(a.tokenizer_model)
     if a.tokenizer_type == "NullTokenizer" and a.vocab_size is not None:
@@ -172,6 +177,9 @@ def _length(setup: Setup) -> int | None:
 
 def rows(setup: Setup) -> int | None:
     """Rows of the embedding that this run builds, None where the tokenizer's length is not known here."""
+    padded = getattr(setup.args, "padded_vocab_size", None)
+    if padded:
+        return padded
     length = _length(setup)
     if length is None:
         return None

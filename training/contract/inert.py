@@ -6,11 +6,11 @@ with the reason and the line of Megatron-LM core_v0.14.0 behind it.  Standard li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from training.contract.contract import Contract, Problem, flag_of, split
-from training.contract.rules import ARGUMENTS, GLOBALS, OPTIMIZER, SCHEDULER, TOKENIZER, TRAINING
+from training.contract.rules import ARGUMENTS, GLOBALS, OPTIMIZER, SCHEDULER, TOKENIZER, TRAINING, located
 from training.contract.setup import Setup
 
 
@@ -209,7 +209,13 @@ FOREIGN_GROUPS = {"biencoder": "retrieval models", "vision": "vision models", "r
 FOREIGN_EXEMPT = {"retro_project_dir", "retro_add_retriever"}  # switch Retro on inside pretrain_gpt
 
 
-def check(contract: Contract, argv: Sequence[str], setup: Setup, strict: bool = False) -> list[Problem]:
+def check(
+    contract: Contract,
+    argv: Sequence[str],
+    setup: Setup,
+    strict: bool = False,
+    table: Iterable[Inert] = TABLE,
+) -> list[Problem]:
     """Deprecated and inert flags in argv, each once.
 
     They are warnings (a user may pass any flag through), errors with `strict` (a recipe may not), and so is a flag
@@ -219,11 +225,11 @@ def check(contract: Contract, argv: Sequence[str], setup: Setup, strict: bool = 
     given = [(flag_of(piece), _values(piece)) for piece in split(contract, argv)]
     names = {flag for flag, _ in given}
     problems = []
-    for entry in TABLE:
+    for entry in table:
         for flag in entry.flags:
             if flag in names and entry.when(setup):
                 rank = "error" if entry.removed else level
-                problems.append(Problem(rank, flag, entry.reason, f"Megatron-LM {entry.source}"))
+                problems.append(Problem(rank, flag, entry.reason, located(entry.source)))
     for flag in dict.fromkeys(flag for flag, _ in given):
         option = contract.option_strings.get(flag)
         if option is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ GLOBALS = "megatron/training/global_vars.py"
 TOKENIZER = "megatron/training/tokenizer/tokenizer.py"
 DATASETS = "megatron/core/datasets/blended_megatron_dataset_config.py"
 RECIPE = "recipe"
+PROJECTS = {"megatron/": "Megatron-LM", "pretrain_gpt.py": "Megatron-LM", "slime/": "slime", "train": "slime"}
 
 BLOCK = 128  # edge of a weight block that shares one scale, --fp8-recipe blockwise
 
@@ -64,32 +65,39 @@ def rule(flag: str, source: str, level: str = "error", table: list[Rule] = RULES
     return enter
 
 
-def _dest(flag: str) -> str:
+def dest_of(flag: str) -> str:
     return flag[2:].replace("-", "_")
 
 
-def needs(flag: str, what: str, source: str, when: Condition | None = None, given: Condition | None = None) -> None:
+def needs(
+    flag: str,
+    what: str,
+    source: str,
+    when: Condition | None = None,
+    given: Condition | None = None,
+    table: list[Rule] = RULES,
+) -> None:
     """Enter the rule "`flag` needs `what`": broken where `when` holds and `given` does not.
 
     By default `when` is that the flag is set, and `what` is a flag and `given` that this one is set.
     """
-    when = when or (lambda s: getattr(s, _dest(flag)))
-    given = given or (lambda s: getattr(s, _dest(what)))
+    when = when or (lambda s: getattr(s, dest_of(flag)))
+    given = given or (lambda s: getattr(s, dest_of(what)))
 
     def broken(s: Setup) -> str | None:
         return f"needs {what}" if when(s) and not given(s) else None
 
-    RULES.append(Rule(f"{flag} needs {what}", flag, source, broken))
+    table.append(Rule(f"{flag} needs {what}", flag, source, broken))
 
 
-def clash(flag: str, other: str, source: str, both: Condition | None = None) -> None:
+def clash(flag: str, other: str, source: str, both: Condition | None = None, table: list[Rule] = RULES) -> None:
     """Enter the rule "`flag` cannot be combined with `other`": broken where `both` (default: set) hold."""
-    both = both or (lambda s: getattr(s, _dest(flag)) and getattr(s, _dest(other)))
+    both = both or (lambda s: getattr(s, dest_of(flag)) and getattr(s, dest_of(other)))
 
     def broken(s: Setup) -> str | None:
         return f"cannot be combined with {other}" if both(s) else None
 
-    RULES.append(Rule(f"{flag} with {other}", flag, source, broken))
+    table.append(Rule(f"{flag} with {other}", flag, source, broken))
 
 
 # ------------------------------------------------------------------------------------------- required
@@ -103,12 +111,12 @@ def _required(dest: str, flag: str, source: str, *others: str) -> None:
     REQUIRED.append(Rule(f"{flag} required", flag, source, broken))
 
 
-def _positive(dest: str, flag: str, source: str) -> None:
+def positive(dest: str, flag: str, source: str, table: list[Rule] = REQUIRED) -> None:
     def broken(s: Setup) -> str | None:
         value = getattr(s, dest)
         return f"must be at least 1, found {value}" if value is not None and value < 1 else None
 
-    REQUIRED.append(Rule(f"{flag} positive", flag, source, broken))
+    table.append(Rule(f"{flag} positive", flag, source, broken))
 
 
 _required("micro_batch_size", "--micro-batch-size", f"{ARGUMENTS}:456")
@@ -118,15 +126,15 @@ _required("num_attention_heads", "--num-attention-heads", f"{ARGUMENTS}:1140")
 _required("max_position_embeddings", "--max-position-embeddings", f"{ARGUMENTS}:1140")
 _required("seq_length", "--seq-length", f"{ARGUMENTS}:766", "encoder_seq_length")
 _required("lr", "--lr", f"{SCHEDULER}:62")
-_positive("micro_batch_size", "--micro-batch-size", f"{ARGUMENTS}:457")
-_positive("global_batch_size", "--global-batch-size", f"{ARGUMENTS}:463")
-_positive("tensor_model_parallel_size", "--tensor-model-parallel-size", f"{ARGUMENTS}:361")
-_positive("pipeline_model_parallel_size", "--pipeline-model-parallel-size", f"{ARGUMENTS}:361")
-_positive("context_parallel_size", "--context-parallel-size", f"{ARGUMENTS}:361")
+positive("micro_batch_size", "--micro-batch-size", f"{ARGUMENTS}:457")
+positive("global_batch_size", "--global-batch-size", f"{ARGUMENTS}:463")
+positive("tensor_model_parallel_size", "--tensor-model-parallel-size", f"{ARGUMENTS}:361")
+positive("pipeline_model_parallel_size", "--pipeline-model-parallel-size", f"{ARGUMENTS}:361")
+positive("context_parallel_size", "--context-parallel-size", f"{ARGUMENTS}:361")
 for _name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "seq_length"):
-    _positive(_name, "--" + _name.replace("_", "-"), f"{ARGUMENTS}:734")
-_positive("ffn_hidden_size", "--ffn-hidden-size", f"{ARGUMENTS}:741")
-_positive("make_vocab_size_divisible_by", "--make-vocab-size-divisible-by", f"{TOKENIZER}:120")
+    positive(_name, "--" + _name.replace("_", "-"), f"{ARGUMENTS}:734")
+positive("ffn_hidden_size", "--ffn-hidden-size", f"{ARGUMENTS}:741")
+positive("make_vocab_size_divisible_by", "--make-vocab-size-divisible-by", f"{TOKENIZER}:120")
 
 
 @rule("--train-iters", f"{TRAINING}:1011", table=REQUIRED)
@@ -1052,18 +1060,23 @@ def check(setup: Setup) -> list[Problem]:
     if setup.args.yaml_cfg is not None or setup.args.use_checkpoint_args:
         flag = "--yaml-cfg" if setup.args.yaml_cfg is not None else "--use-checkpoint-args"
         return [Problem("warning", flag, "takes arguments from a file, combinations are not checked", RECIPE)]
-    return incomplete(setup) or list(_apply(RULES, setup))
+    return incomplete(setup) or list(apply(RULES, setup))
 
 
 def incomplete(setup: Setup) -> list[Problem]:
     """What is missing or not positive, so that nothing can be computed from the arguments."""
-    return list(_apply(REQUIRED, setup))
+    return list(apply(REQUIRED, setup))
 
 
-def _apply(table: list[Rule], setup: Setup) -> Iterator[Problem]:
+def apply(table: Iterable[Rule], setup: Setup) -> Iterator[Problem]:
+    """The broken ones of some rules, as problems."""
     for entry in table:
         message = entry.broken(setup)
         if message:
-            upstream = entry.source.startswith("megatron/")
-            source = f"Megatron-LM {entry.source}" if upstream else entry.source
-            yield Problem(entry.level, entry.flag, message, source)
+            yield Problem(entry.level, entry.flag, message, located(entry.source))
+
+
+def located(source: str) -> str:
+    """`source` with the project that the path lies in before it; as it is where it is no such path."""
+    project = next((name for start, name in PROJECTS.items() if source.startswith(start)), None)
+    return f"{project} {source}" if project else source

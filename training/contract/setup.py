@@ -1,12 +1,19 @@
-"""The sizes and switches that a pretrain_gpt command line implies, as the pinned Megatron-LM derives them."""
+"""The sizes and switches that a command line implies, as the pinned Megatron-LM and slime derive them."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+TRACKER = "latest_checkpointed_iteration.txt"
+SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
+SGLANG_ROLLOUT = "slime.rollout.sglang_rollout.generate_rollout"
 
 
 @dataclass(frozen=True)
@@ -124,3 +131,121 @@ class Setup:
             "key and value rows": self.query_groups * self.head_dim // self.tp,
             "FFN rows": self.ffn // self.tp,
         }
+
+
+@dataclass(frozen=True)
+class SlimeSetup(Setup):
+    """A parsed slime command line, as given.  `megatron` is what slime makes of it for Megatron."""
+
+    entrypoint: str = "train.py"  # or "train_async.py"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, env: Mapping[str, str], entrypoint: str = "train.py") -> SlimeSetup:
+        """The trainer's world is in the flags: slime/utils/arguments.py:1043."""
+        return cls(args, args.actor_num_nodes * args.actor_num_gpus_per_node, env, entrypoint)
+
+    @property
+    def global_batch(self) -> int | None:
+        """Samples of an optimizer step, None where nothing says it."""
+        if self.num_steps_per_rollout:
+            return self.samples // self.num_steps_per_rollout
+        return self.global_batch_size
+
+    @property
+    def samples(self) -> int:
+        """Samples of a rollout."""
+        return self.rollout_batch_size * self.n_samples_per_prompt
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run, None where --num-epoch makes them depend on the data."""
+        return None if self.num_rollout is None else self.num_rollout * self.samples // self.global_batch
+
+    @property
+    def train_only(self) -> bool:
+        """Whether no inference engine is started."""
+        return self.debug_train_only or self.load_debug_rollout_data is not None
+
+    @property
+    def sft(self) -> bool:
+        return self.loss_type == "sft_loss"
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether rollouts are the samples of the data themselves."""
+        return self.rollout_function_path == SFT_ROLLOUT
+
+    @property
+    def generates(self) -> bool:
+        """Whether slime's own rollout function asks the engines for responses and grades them."""
+        return self.rollout_function_path == SGLANG_ROLLOUT and self.load_debug_rollout_data is None
+
+    @property
+    def reference(self) -> bool:
+        """Whether a reference model is loaded, slime/ray/placement_group.py:155."""
+        return self.kl_coef != 0 or self.use_kl_loss
+
+    @property
+    def critic(self) -> bool:
+        return self.advantage_estimator == "ppo"
+
+    @property
+    def critic_gpus(self) -> int:
+        if not self.critic:
+            return 0
+        nodes = self.critic_num_nodes or self.actor_num_nodes
+        return nodes * (self.critic_num_gpus_per_node or self.actor_num_gpus_per_node)
+
+    @property
+    def engine_gpus(self) -> int | None:
+        """GPUs of all inference engines, slime/utils/arguments.py:1171.  None where nothing says it."""
+        if self.train_only:
+            return 0
+        return self.world_size + self.critic_gpus if self.colocate else self.rollout_num_gpus
+
+    @property
+    def engine_attention_ranks(self) -> int:
+        """GPUs of an engine that share out the attention heads."""
+        ranks = self.rollout_num_gpus_per_engine
+        return max(1, ranks // self.sglang_data_parallel_size) if self.sglang_enable_dp_attention else ranks
+
+    @property
+    def cluster_gpus(self) -> int:
+        """GPUs that the run reserves in Ray, slime/ray/placement_group.py:71."""
+        if self.debug_rollout_only:
+            return self.engine_gpus or 0
+        return self.world_size + self.critic_gpus + (0 if self.colocate else self.engine_gpus or 0)
+
+    @functools.cached_property
+    def tracker(self) -> str | None:
+        """The text of --load's tracker file; without one slime starts from --ref-load."""
+        if self.load is None:
+            return None
+        try:
+            return (Path(self.load) / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return None
+
+    @functools.cached_property
+    def megatron(self) -> Setup:
+        """What Megatron's validation, configurations and checkpoint code are given.
+
+        slime/backends/megatron_utils/arguments.py:7 and slime/utils/arguments.py:1094.  train_iters stays as given:
+        slime sets it after the validation.
+        """
+        args = copy.copy(self.args)
+        args.use_distributed_optimizer = args.bf16 = True
+        args.seq_length = args.max_position_embeddings = 4096  # placeholders, sequences have their own lengths
+        args.rope_type = args.rope_type or ("yarn" if args.multi_latent_attention else "rope")
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        if args.vocab_size and not args.padded_vocab_size and multiple > 0:
+            args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+        if not args.tokenizer_model and not args.tokenizer_type:
+            args.tokenizer_model = args.hf_checkpoint
+        args.tokenizer_type = args.tokenizer_type or "HuggingFaceTokenizer"  # a model without a type is an error
+        args.global_batch_size = self.global_batch
+        if self.tracker is None:
+            args.no_load_optim = args.no_load_rng = args.finetune = True
+            args.load = args.ref_load
+            args.ckpt_step = args.ckpt_step if args.ref_ckpt_step is None else args.ref_ckpt_step
+        return Setup(args, self.world_size, self.env)

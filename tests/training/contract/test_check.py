@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import REPO, ok, run
 from tests.training.contract.test_rules import BASE
+from tests.training.contract.test_slime_rules import RL
 from training.contract import check, contract
 
 PROGRAM = contract.load("pretrain_gpt")
@@ -51,8 +52,7 @@ def test_the_last_value_counts_and_equals_signs_work():
 
 
 def test_slime_knows_megatrons_and_sglangs_flags():
-    argv = ["--num-layers", "4", "--rollout-batch-size", "8", "--sglang-mem-fraction-static", "0.5"]
-    assert check.problems_of("slime", argv) == []
+    assert check.problems_of("slime", [*RL, "--sglang-mem-fraction-static", "0.5"]) == []
     unknown, missing = map(str, check.problems_of("slime", ["--rollout-batch", "8"]))
     assert "did you mean --rollout-batch-size?" in unknown and "is required and missing" in missing
 
@@ -151,7 +151,7 @@ def test_exit_status_of_check():
 
 def test_check_needs_no_package_and_is_quick(tmp_path):
     """-S -I: without site-packages, as on a login node."""
-    ok(run(sys.executable, "-S", "-I", CHECK, "--program", "slime", "--", "--rollout-batch-size", "4", cwd=tmp_path))
+    ok(run(sys.executable, "-S", "-I", CHECK, "--program", "slime", "--", *RL, cwd=tmp_path))
 
 
 def test_padded_vocab_is_printed(tiny_data):

@@ -280,9 +280,9 @@ def test_the_rule_fires(name):
 # ---------------------------------------------------------------- flags without effect
 
 
-def value_of(flag: str) -> str:
+def value_of(flag: str, program: contract.Contract = PROGRAM) -> str:
     """A value that the option accepts."""
-    option = PROGRAM.option_strings[flag]
+    option = program.option_strings[flag]
     if option["action"] not in ("store", "append") or option["nargs"] in ("*", "?"):
         return ""
     if option["choices"]:
