@@ -117,14 +117,8 @@ def load(
 
     location = torch_dist.resolve(Path(source), args.ckpt_step)
     with torch_dist.Reader(location.directory) as reader:
-        common = reader.common()
+        common, shape = _read_weights(args, vocab_rows, model, reader, location.directory)
         saved = common["args"]
-        _check_same_model(args, saved, location.directory)
-        shape = shape_of(args, vocab_rows)
-        weights = dict(qwen2_layout.to_hf(reader, shape))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
         released = location.iteration == "release"
         with_optimizer = not (finetune or released or args.no_load_optim or getattr(saved, "no_save_optim", False))
         if with_optimizer:
@@ -146,6 +140,26 @@ def load(
         ),
         what,
     )
+
+
+def load_weights(
+    args: argparse.Namespace, vocab_rows: int, model: nn.Module, source: Path, step: int | None = None
+) -> None:
+    """The model's weights alone, from a checkpoint root (or one step of it)."""
+    directory = torch_dist.resolve(source, step).directory
+    with torch_dist.Reader(directory) as reader:
+        _read_weights(args, vocab_rows, model, reader, directory)
+
+
+def _read_weights(args, vocab_rows, model, reader, directory: Path) -> tuple[dict, qwen2_layout.Qwen2Shape]:
+    common = reader.common()
+    _check_same_model(args, common["args"], directory)
+    shape = shape_of(args, vocab_rows)
+    weights = dict(qwen2_layout.to_hf(reader, shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return common, shape
 
 
 def _check_same_model(args: argparse.Namespace, saved, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,21 @@ def build(args: argparse.Namespace, tokenizer: HuggingFaceTokenizer) -> Datasets
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )
-    train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    with _one_rank():
+        train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     return Datasets(train, valid, test)
+
+
+@contextlib.contextmanager
+def _one_rank() -> Iterator[None]:
+    """A process group of this process alone: a blend of several prefixes asks for its rank
+    (megatron/core/datasets/blended_dataset.py:126), though nothing is communicated.
+    """
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def micro_batches(dataset: GPTDataset, consumed: int, size: int, rows: int, device: torch.device) -> Iterator[Batch]:

@@ -95,6 +95,10 @@ class Linear(nn.Linear):
             self._operand = version, self.precision.operand(self.weight.detach(), WEIGHT_BLOCK)
         return self._operand[1]
 
+    def use_operand(self, operand: Tensor) -> None:
+        """Compute with weights that are rounded already, (outputs, inputs) float32, and not with `weight`."""
+        self._operand = self.weight._version, operand.to(self.weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         return _LinearFunction.apply(x, self.weight, self.bias, self.operand(), self.precision)
 
@@ -124,3 +128,16 @@ def weight_rounding(layers: Iterable[Linear]) -> tuple[int, float]:
         error += (layer.operand() - weight).square().sum().item()
         total += weight.square().sum().item()
     return count, (error / total) ** 0.5 if total else 0.0
+
+
+def describe(model: nn.Module, precision: Precision) -> str:
+    """One line for the log; in FP8 with the measured rounding, so that a run shows that it was active."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    if not precision.fp8:
+        return f"linear layers: {len(layers)} in BF16"
+    count, error = weight_rounding(layer for layer in layers if layer.precision.fp8)
+    scales = "power-of-two" if precision.pow2 else "float32"
+    return (
+        f"FP8 rounding: {count} of {len(layers)} linear layers in E4M3 blocks with {scales} scales; "
+        f"it moves their weights by {error:.2%} (L2)"
+    )

@@ -70,21 +70,8 @@ class Trainer:
             f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters on {self.device}, "
             f"started from {loaded}"
         )
-        print(self.describe_precision(precision), flush=True)
+        print(fp8_linear.describe(self.model, precision), flush=True)
         self.reporter = Reporter(args, self.vocab_rows, self.progress.iteration)
-
-    def describe_precision(self, precision: fp8_linear.Precision) -> str:
-        """One line for the log; in FP8 with the measured rounding, so that a run shows that it was active."""
-        layers = [module for module in self.model.modules() if isinstance(module, fp8_linear.Linear)]
-        quantised = [layer for layer in layers if layer.precision.fp8]
-        if not precision.fp8:
-            return f"linear layers: {len(layers)} in BF16"
-        count, error = fp8_linear.weight_rounding(quantised)
-        scales = "power-of-two" if precision.pow2 else "float32"
-        return (
-            f"FP8 rounding: {count} of {len(layers)} linear layers in E4M3 blocks with {scales} scales; "
-            f"it moves their weights by {error:.2%} (L2)"
-        )
 
     def train(self) -> None:
         """Train to --train-iters or until something asks to stop; a checkpoint is on disk either way."""

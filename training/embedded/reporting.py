@@ -24,14 +24,42 @@ def floating_point_operations(args: argparse.Namespace, vocab_rows: int) -> floa
     return args.global_batch_size * args.seq_length * (layers + 6 * hidden * vocab_rows)
 
 
+class Recorder:
+    """Scalars on their way to TensorBoard and W&B, as far as each is asked for."""
+
+    def __init__(self, tensorboard_dir: str | None, wandb_settings: dict | None) -> None:
+        self.writer = SummaryWriter(tensorboard_dir) if tensorboard_dir else None
+        self.wandb = _wandb(wandb_settings) if wandb_settings else None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Record values under their names."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step)
+
+    def flush(self) -> None:
+        """Put the scalars on disk: called before a checkpoint counts, so that a killed run loses none of them."""
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Flush and end the records."""
+        if self.writer:
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
 class Reporter:
     """Prints and records a run's progress. `close` flushes everything."""
 
     def __init__(self, args: argparse.Namespace, vocab_rows: int, iteration: int) -> None:
         self.args = args
         self.flops = floating_point_operations(args, vocab_rows)
-        self.writer = SummaryWriter(args.tensorboard_dir) if args.tensorboard_dir else None
-        self.wandb = _wandb(args)
+        settings = {"project": args.wandb_project, "name": args.wandb_exp_name, "dir": args.wandb_save_dir}
+        self.recorder = Recorder(args.tensorboard_dir, settings if args.wandb_project else None)
         # The launchers send the log to a file and a terminal here; without them the terminal is stderr.
         self.terminal = os.fdopen(int(os.environ["PROGRESS_FD"]), "w") if os.environ.get("PROGRESS_FD") else None
         self.bar = tqdm(
@@ -54,14 +82,6 @@ class Reporter:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def scalars(self, values: dict[str, float], iteration: int) -> None:
-        """Record scalars under Megatron's names."""
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, iteration)
-        if self.wandb:
-            self.wandb.log(values, iteration)
-
     def step(
         self,
         iteration: int,
@@ -83,7 +103,7 @@ class Reporter:
                 "grad-norm": grad_norm,
                 "batch-size": args.global_batch_size,
             }
-            self.scalars({**scalars, **extras}, iteration)
+            self.recorder.scalars({**scalars, **extras}, iteration)
         if iteration % args.log_interval:
             return
         seconds = (time.perf_counter() - self.interval_start) / self.since_log
@@ -96,7 +116,7 @@ class Reporter:
         ]
         if args.log_throughput:
             parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.3f}")
-            self.scalars({"throughput": self.flops / seconds / 1e12, "tokens-per-second": tokens}, iteration)
+            self.recorder.scalars({"throughput": self.flops / seconds / 1e12, "tokens-per-second": tokens}, iteration)
         parts += [f"learning rate: {lr:.6E}", f"global batch size: {args.global_batch_size:5d}"]
         parts += [f"{name}: {total / self.since_log:.6E}" for name, total in self.sums.items()]
         parts += ["loss scale: 1.0", f"grad norm: {grad_norm:.3f}"]
@@ -110,7 +130,7 @@ class Reporter:
 
     def evaluation(self, prefix: str, split: str, loss: float, iteration: int) -> None:
         """A held-out loss (evaluate_and_print_results, training.py:2467). split: 'validation' or 'test'."""
-        self.scalars({f"lm loss {split}": loss}, iteration)
+        self.recorder.scalars({f"lm loss {split}": loss}, iteration)
         text = (
             f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
         )
@@ -119,27 +139,21 @@ class Reporter:
         self.interval_start = time.perf_counter()  # evaluation is not training time
 
     def flush(self) -> None:
-        """Put the scalars on disk: called before a checkpoint counts, so that a killed run loses none of them."""
-        if self.writer:
-            self.writer.flush()
+        """Put the scalars on disk before a checkpoint counts."""
+        self.recorder.flush()
         self.interval_start = time.perf_counter()
 
     def close(self) -> None:
         """Flush and end the run's records."""
         self.bar.close()
-        if self.writer:
-            self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.recorder.close()
 
 
-def _wandb(args: argparse.Namespace):
-    """A W&B run where --wandb-project asks for one and the package is installed."""
-    if not args.wandb_project:
-        return None
+def _wandb(settings: dict):
+    """A W&B run, where the package is installed."""
     if importlib.util.find_spec("wandb") is None:
-        print(f"--wandb-project {args.wandb_project}: wandb is not installed here, nothing is sent to it")
+        print(f"W&B project {settings['project']}: wandb is not installed here, nothing is sent to it")
         return None
     import wandb
 
-    return wandb.init(project=args.wandb_project, name=args.wandb_exp_name or None, dir=args.wandb_save_dir or None)
+    return wandb.init(**{name: value for name, value in settings.items() if value})

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Make the task that the quickstart fine-tunes on: additions with worked steps, an exact answer and a real split.
+
+    python training/embedded/quickstart/arithmetic.py --output-dir arithmetic --seed 1
+
+    pretrain.jsonl      {"text"}: sums as plain text, for continual pre-training beside the corpus
+    sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 and 2 digits
+    sft_stage2.jsonl    the same with up to 3 digits, and a share of wrong answers after right steps
+    rl.jsonl            {"prompt", "label"}: every question once
+    held_out.jsonl      {"prompt", "label"}: questions that none of the above contains, in neither order
+
+The wrong answers are what real fine-tuning data has, made on purpose: they leave a model that knows the answer and
+samples another one half of the time, which is what reinforcement learning with verifiable rewards can repair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HELD_OUT = 0.1  # share of all pairs
+Row = dict[str, Any]
+Pair = tuple[int, int]
+
+
+def held_out(a: int, b: int) -> bool:
+    """Whether a pair belongs to the held-out split: by hash, the same for a + b and b + a."""
+    low, high = sorted((a, b))
+    digest = hashlib.sha256(f"{low}+{high}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+
+
+def question(a: int, b: int) -> str:
+    """What the user asks."""
+    return f"What is {a}+{b}?"
+
+
+def steps(a: int, b: int) -> str:
+    """The addition column by column from the right, each with the carry that it received: "7+8+0=15 3+4+1=8"."""
+    columns, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        columns.append(f"{x}+{y}+{carry}={x + y + carry}")
+        carry = (x + y + carry) // 10
+    return " ".join(columns)
+
+
+def answer(a: int, b: int, result: int) -> str:
+    """What the assistant says: steps as a thought, then the boxed result."""
+    return f"<think>{steps(a, b)}</think>\\boxed{{{result}}}"
+
+
+def pairs(rng: random.Random, digits: tuple[int, ...], *, held: bool = False) -> Iterator[Pair]:
+    """Endless pairs of one split; each time a number of digits is drawn for both."""
+    while True:
+        size = rng.choice(digits)
+        a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
+        if held_out(a, b) == held:
+            yield a, b
+
+
+def unique(source: Iterator[Pair], count: int) -> list[Pair]:
+    """The first `count` that differ, order within a pair not counting."""
+    found: dict[Pair, Pair] = {}
+    for a, b in source:
+        found.setdefault((min(a, b), max(a, b)), (a, b))
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("pairs() is endless")
+
+
+def conversation(a: int, b: int, result: int) -> Row:
+    """A row of SFT data."""
+    return {
+        "messages": [
+            {"role": "user", "content": question(a, b)},
+            {"role": "assistant", "content": answer(a, b, result)},
+        ]
+    }
+
+
+def problem(a: int, b: int) -> Row:
+    """A row of RL and test data."""
+    return {"prompt": [{"role": "user", "content": question(a, b)}], "label": str(a + b)}
+
+
+def wrong(rng: random.Random, result: int) -> int:
+    """A result that is off by one in one of its last two digits."""
+    return result + rng.choice((-10, -1, 1, 10))
+
+
+def build(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """Every file, by name. A file's rows depend on the seed and its own size only."""
+    rng = {name: random.Random(f"{options.seed} {name}") for name in ("pretrain", "stage1", "stage2", "rl", "held")}
+
+    def take(name: str, digits: tuple[int, ...], count: int) -> list[Pair]:
+        source = pairs(rng[name], digits)
+        return [next(source) for _ in range(count)]
+
+    def stage2(a: int, b: int) -> Row:
+        chance = rng["stage2"]
+        return conversation(a, b, wrong(chance, a + b) if chance.random() < options.wrong else a + b)
+
+    return {
+        "pretrain": [
+            {"text": f"{a} + {b} = {a + b}, because {steps(a, b)}."}
+            for a, b in take("pretrain", (1, 2, 2, 3), options.pretrain)
+        ],
+        "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2), options.stage1)],
+        "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2, 2, 3), options.stage2)],
+        "rl": [problem(a, b) for a, b in unique(pairs(rng["rl"], (2, 2, 3)), options.rl)],
+        "held_out": [problem(a, b) for a, b in unique(pairs(rng["held"], (2, 2, 3), held=True), options.held_out)],
+    }
+
+
+def main() -> int:
+    """Write the directory whole, or not at all. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    for name, count in (("pretrain", 15000), ("stage1", 6400), ("stage2", 3200), ("rl", 4000), ("held-out", 200)):
+        parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
+    parser.add_argument(
+        "--wrong", type=float, default=0.5, help="share of wrong answers in stage 2 (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    if options.output_dir.exists():
+        print(
+            f"error: --output-dir: expected a path that does not exist yet, found {options.output_dir}", file=sys.stderr
+        )
+        return 1
+    partial = options.output_dir.with_name(f".{options.output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, rows in build(options).items():
+        (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{name}.jsonl: {len(rows):,} rows")
+    os.replace(partial, options.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
