@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.embedded.quickstart.report import Run, read_run, relative_gap  # noqa: E402
+from training.embedded.quickstart.report import relative_gap  # noqa: E402
+from training.embedded.quickstart.runs import Run, read_run  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 LAST = 50  # iterations of the "last" training loss

@@ -14,20 +14,24 @@ source "${REPO}/scripts/lib/launch.sh"
 source "${REPO}/scripts/models/qwen2.5-tiny.sh"
 
 # Every stage is a function `stage_<name>`, what it leaves behind is listed by `result_<name>`, in this order.
-readonly STAGES=(install corpus tokenizer data cpt_fp8 cpt_bf16 report)
+readonly STAGES=(
+  install corpus arithmetic tokenizer data cpt_fp8 cpt_bf16 sft_stage1 sft_stage2 sft_scratch rollout_model rl_stage1
+  rl_stage2 accuracy report
+)
 
 OUT="${OUT_DIR:-${REPO}/exp/quickstart}"
+SEED="${SEED:-1236}"
 PYTHON_VENV="${VENV}/bin/python"
-TINY="${REPO}/scripts/CPT/InfiR2_CPT_FP8_tiny.sh"
 CPT_FLAGS=()
 
 usage() {
   cat <<'TEXT'
 usage: bash scripts/quickstart.sh [options] [-- flags for the CPT recipe]
 
-Installs into .venv, builds a corpus and a tokenizer, and trains a tiny Qwen2.5 from scratch twice with the same data and
-seed: FP8 and BF16 linear layers. Ends with exp/quickstart/report.md. Interrupt it at any time: the same command goes on
-where it stopped, and does nothing when all is done.
+Installs into .venv and takes a tiny Qwen2.5 through the recipe: pre-training in FP8, and in BF16 beside it; SFT in two
+stages, and from random weights beside it; the cast to FP8; RL in two stages with FP8 rollouts. Ends with
+exp/quickstart/report.md: curves, and held-out accuracy after each stage. Interrupt it at any time: the same command goes
+on where it stopped, and does nothing when all is done.
 
   --list          name the stages
   --from STAGE    start at STAGE
@@ -38,6 +42,8 @@ where it stopped, and does nothing when all is done.
 
 environment:
   OUT_DIR         where everything goes (default exp/quickstart)
+  SEED            of data, weights and rollouts (default 1236)
+  SFT_FLAGS, RL_FLAGS  further flags for these recipes, separated by spaces
   PYTHON          the Python that .venv is made with (default python3; 3.10 to 3.12)
   TORCH_INDEX_URL package index of the torch build, e.g. https://download.pytorch.org/whl/cpu
 TEXT
@@ -49,33 +55,99 @@ stage_install() { ensure_venv requirements.txt; }
 result_corpus() { echo "${OUT}/corpus.jsonl"; }
 stage_corpus() { run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/corpus.py" --output "${OUT}/corpus.jsonl"; }
 
+result_arithmetic() { echo "${OUT}/arithmetic"; }
+stage_arithmetic() {
+  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/arithmetic.py" --output-dir "${OUT}/arithmetic" --seed "${SEED}"
+}
+
 result_tokenizer() { echo "${OUT}/tokenizer"; }
 stage_tokenizer() {
   run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/tokenizer.py" \
     --input "${OUT}/corpus.jsonl" --output-dir "${OUT}/tokenizer" -- "${MODEL_ARGS[@]}" --attention-dropout 0.0
 }
 
-result_data() { echo "${OUT}/data/text_text_document.idx"; }
+result_data() { echo "${OUT}/data/sums_text_document.idx"; }
 stage_data() {
+  prepare "${OUT}/corpus.jsonl" text
+  prepare "${OUT}/arithmetic/pretrain.jsonl" sums
+}
+prepare() {
   run env ENGINE=embedded PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/CPT/prepare_data.sh" \
-    --input "${OUT}/corpus.jsonl" --output-prefix "${OUT}/data/text" --tokenizer "${OUT}/tokenizer"
+    --input "$1" --output-prefix "${OUT}/data/$2" --tokenizer "${OUT}/tokenizer"
 }
 
-# The launcher itself knows whether a run is fresh, to be resumed or finished.
+# The launchers themselves know whether a run is fresh, to be resumed or finished.
 result_cpt_fp8() { echo "${OUT}/cpt_fp8"; }
-stage_cpt_fp8() { train fp8; }
+stage_cpt_fp8() { pretrain cpt_fp8 fp8; }
 result_cpt_bf16() { echo "${OUT}/cpt_bf16"; }
-stage_cpt_bf16() { train bf16; }
-train() {
-  run env PRECISION="$1" OUT_DIR="${OUT}/cpt_$1" DATA_PATH="${OUT}/data/text_text_document" \
-    TOKENIZER_MODEL="${OUT}/tokenizer" PYTHON="${PYTHON_VENV}" \
-    bash "${TINY}" --from-scratch ${CPT_FLAGS[@]+"${CPT_FLAGS[@]}"}
+stage_cpt_bf16() { pretrain cpt_bf16 bf16; }
+pretrain() {
+  run env PRECISION="$2" OUT_DIR="${OUT}/$1" TOKENIZER_MODEL="${OUT}/tokenizer" PYTHON="${PYTHON_VENV}" \
+    bash "${REPO}/scripts/CPT/InfiR2_CPT_FP8_tiny.sh" --from-scratch --seed "${SEED}" \
+    --data-path 0.5 "${OUT}/data/text_text_document" 0.5 "${OUT}/data/sums_text_document" \
+    ${CPT_FLAGS[@]+"${CPT_FLAGS[@]}"} "${@:3}"
 }
 
-result_report() { echo "${OUT}/report.md"; }  # and report.png
+result_sft_stage1() { echo "${OUT}/sft_stage1"; }
+stage_sft_stage1() { fine_tune sft_stage1 stage1 cpt_fp8; }
+result_sft_stage2() { echo "${OUT}/sft_stage2"; }
+stage_sft_stage2() { fine_tune sft_stage2 stage2 sft_stage1; }
+fine_tune() {
+  # shellcheck disable=SC2086  # words
+  run env OUT_DIR="${OUT}/$1" DATA_DIR="${OUT}/arithmetic/sft_$2.jsonl" REF_LOAD="${OUT}/$3" \
+    HF_CHECKPOINT="${OUT}/tokenizer" PYTHON="${PYTHON_VENV}" RAY_TEMP_DIR="${RAY_TEMP_DIR}" \
+    bash "${REPO}/scripts/SFT/InfiR2_SFT_FP8_tiny_$2.sh" --seed "${SEED}" --rollout-seed "${SEED}" ${SFT_FLAGS:-}
+}
+
+# What pre-training is worth: the same fine-tuning from random weights, made by a step with a learning rate of 0.
+result_sft_scratch() { echo "${OUT}/sft_scratch2"; }
+stage_sft_scratch() {
+  pretrain random fp8 --train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --eval-iters 0
+  fine_tune sft_scratch1 stage1 random
+  fine_tune sft_scratch2 stage2 sft_scratch1
+}
+
+result_rollout_model() { echo "${OUT}/sft_stage2_fp8"; }
+stage_rollout_model() {
+  to_hf sft_stage2
+  # RL trains with float32 scales, as slime sends them to the rollout engine.
+  run "${PYTHON_VENV}" "${REPO}/tools/bf16_cast_fp8.py" --input-bf16-hf-path "${OUT}/sft_stage2_hf" \
+    --output-fp8-hf-path "${OUT}/sft_stage2_fp8" --force-pow-2-scale False
+}
+to_hf() {
+  [[ -e ${OUT}/$1_hf ]] || run "${PYTHON_VENV}" "${REPO}/tools/convert_torch_dist_to_hf.py" \
+    --input-dir "${OUT}/$1/checkpoints" --output-dir "${OUT}/$1_hf" --origin-hf-dir "${OUT}/tokenizer"
+}
+
+result_rl_stage1() { echo "${OUT}/rl_stage1"; }
+stage_rl_stage1() { reinforce stage1 sft_stage2; }
+result_rl_stage2() { echo "${OUT}/rl_stage2"; }
+stage_rl_stage2() { reinforce stage2 rl_stage1; }
+reinforce() {
+  # shellcheck disable=SC2086  # words
+  run env OUT_DIR="${OUT}/rl_$1" DATA_DIR="${OUT}/arithmetic/rl.jsonl" REF_LOAD="${OUT}/$2" \
+    EVAL_DATA="${OUT}/arithmetic/validation.jsonl" HF_CHECKPOINT="${OUT}/sft_stage2_fp8" PYTHON="${PYTHON_VENV}" \
+    RAY_TEMP_DIR="${RAY_TEMP_DIR}" \
+    bash "${REPO}/scripts/RL/InfiR2_RL_FP8_tiny_$1.sh" --seed "${SEED}" --rollout-seed "${SEED}" ${RL_FLAGS:-}
+}
+
+result_accuracy() { echo "${OUT}/accuracy/rl_stage2.json"; }
+stage_accuracy() {
+  local name
+  for name in cpt_fp8 sft_stage1 sft_scratch2 sft_stage2 rl_stage1 rl_stage2; do
+    to_hf "${name}"
+    measure "${name}" "${OUT}/${name}_hf"
+    [[ ${name} != sft_stage2 ]] || measure sft_stage2_fp8 "${OUT}/sft_stage2_fp8"
+  done
+}
+measure() {
+  [[ -e ${OUT}/accuracy/$1.json ]] || run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/accuracy.py" \
+    --checkpoint "$2" --data "${OUT}/arithmetic/held_out.jsonl" --output "${OUT}/accuracy/$1.json"
+}
+
+result_report() { echo "${OUT}/report.md"; }  # and its figures
 stage_report() {
-  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" \
-    --fp8 "${OUT}/cpt_fp8" --bf16 "${OUT}/cpt_bf16" --output "${OUT}/report.md"
+  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" --quickstart "${OUT}" --output "${OUT}/report.md"
 }
 
 # run COMMAND...: prints it under --dry-run.
@@ -88,14 +160,20 @@ run() {
   fi
 }
 
-# finished STAGE: nothing is left to do for it. Results appear whole, so one that is there is complete.
+# finished STAGE: nothing is left to do for it. Results appear whole, so one that is there is complete; whether a run is,
+# its launcher knows.
 finished() {
-  local result
+  local result tracker
   result="$("result_$1")"
   case "$1" in
-    cpt_*) return 1 ;;
+    cpt_* | sft_* | rl_*) return 1 ;;
     install) ensure_venv requirements.txt ;;
-    report) [[ -e ${result} && ! ${OUT}/cpt_fp8/checkpoints/latest_checkpointed_iteration.txt -nt ${result} && ! ${OUT}/cpt_bf16/checkpoints/latest_checkpointed_iteration.txt -nt ${result} ]] ;;
+    report)
+      [[ -e ${result} ]] || return
+      for tracker in "${OUT}"/*/checkpoints/latest_checkpointed_iteration.txt "${OUT}"/accuracy/*.json; do
+        [[ ! ${tracker} -nt ${result} ]] || return
+      done
+      ;;
     *) [[ -e ${result} ]] ;;
   esac
 }
@@ -129,11 +207,22 @@ main() {
     mkdir -p "${OUT}"
     OUT="$(cd "${OUT}" && pwd)"
     hold_lock "${OUT}/.lock" ${arguments[@]+"${arguments[@]}"}
+    # One Ray for all stages, started by the first that needs it.
+    trap 'RAY_TEMP_DIR="${RAY_TEMP_DIR}" PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/ray_stop.sh" >/dev/null 2>&1 || true' EXIT
   fi
+  RAY_TEMP_DIR="/tmp/infir2-${UID}/$(cksum <<<"${OUT}" | cut -d ' ' -f 1)"
   if [[ ${DRY_RUN} == 0 && ${again} == 1 ]]; then
     for stage in "${STAGES[@]}"; do
       [[ ${stage} != "${chosen[0]}" ]] || reached=1
-      [[ ${reached} == 0 || ${stage} == install ]] || rm -rf "$("result_${stage}")" "${OUT}/report.png"
+      [[ ${reached} == 1 && ${stage} != install ]] || continue
+      rm -rf "$("result_${stage}")"
+      case "${stage}" in
+        data) rm -rf "${OUT}/data" ;;
+        sft_scratch) rm -rf "${OUT}/random" "${OUT}/sft_scratch1" ;;
+        accuracy) rm -rf "${OUT}/accuracy" "${OUT}"/{cpt_fp8,sft_stage1,sft_scratch2,rl_stage1,rl_stage2}_hf ;;
+        rollout_model) rm -rf "${OUT}/sft_stage2_hf" ;;
+        report) rm -f "${OUT}"/report*.png ;;
+      esac
     done
   fi
   for stage in "${chosen[@]}"; do

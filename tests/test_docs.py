@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.conftest import REPO, ok, run
+from tests.scripts.launch import recipe
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
@@ -31,7 +35,7 @@ def launch(line: str, folder: Path) -> None:
     """A recipe, as a dry run; its paths need not exist."""
     dry = line if "--dry-run" in line else f"{line} --dry-run"
     result = ok(run("bash", "-c", dry, env={"OUT_DIR": str(folder / "out")}, cwd=REPO))
-    assert "pretrain_gpt.py" in result.stdout or "preprocess_data.py" in result.stdout
+    assert re.search(r"(pretrain_gpt|preprocess_data|slime/train|embedded/train)\.py", result.stdout)
     assert list(folder.iterdir()) == []
 
 
@@ -53,8 +57,13 @@ def submodule(line: str, folder: Path) -> None:
 
 def tail(line: str, folder: Path) -> None:
     """The log is where the launcher writes it."""
-    recipe = line.split("exp/")[1].split("/")[0]
-    assert (REPO / "scripts" / "CPT" / f"{recipe}.sh").exists() and line.endswith("/logs/train_node0.log")
+    name = line.split("exp/")[1].split("/")[0]
+    assert recipe(name).exists()
+    if "_CPT_" not in name:
+        assert line.endswith("/logs/train.log")
+        assert "LOG=$OUT_DIR/logs/train.log" in (REPO / "scripts" / "lib" / "slime.sh").read_text()
+        return
+    assert line.endswith("/logs/train_node0.log")
     assert (
         "LOG=$OUT_DIR/logs/train_node${NODE_RANK:-$( ((NNODES == 1)) && echo 0"
         in (REPO / "scripts" / "CPT" / "recipe.sh").read_text()
@@ -78,9 +87,11 @@ def checkpoints(tmp_path_factory, megatron_checkpoint) -> Path:
     """A folder with small checkpoints under every path that the documents name."""
     folder = tmp_path_factory.mktemp("docs")
     source = megatron_checkpoint("tp1_untied")
-    shutil.copytree(source, folder / "exp" / "InfiR2_CPT_FP8_7B" / "checkpoints")
+    for name in ("InfiR2_CPT_FP8_7B", "InfiR2_SFT_FP8_7B_stage2"):
+        shutil.copytree(source, folder / "exp" / name / "checkpoints")
     (folder / "models").mkdir()
-    shutil.copytree(source / "hf", folder / "models" / "qwen2.5-7B", dirs_exist_ok=True)
+    for name in ("qwen2.5-7B", "qwen2.5-7B-Instruct"):
+        shutil.copytree(source / "hf", folder / "models" / name, dirs_exist_ok=True)
     for line in commands():  # in the order of the page: each makes what the next one reads
         if line.startswith("python tools/convert_torch_dist_to_hf.py"):
             tool(line, folder)
@@ -100,6 +111,34 @@ def tool(line: str, folder: Path) -> None:
     ok(run(*words, cwd=folder))
 
 
+def prepare(line: str, folder: Path) -> None:
+    """Run for real, on one row of the public format."""
+    question = [{"role": "user", "content": "What is 1+1?"}]
+    row = {"prompt": question, "reward_model": {"ground_truth": "2", "style": "rule"}, "data_source": "math_dapo"}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "dapo-math-17k.parquet")
+    conversation = {"messages": [*question, {"role": "assistant", "content": "2"}]}
+    (folder / "infialign.jsonl").write_text(json.dumps(conversation) + "\n")
+    result = ok(run("bash", *line.replace("bash scripts", f"{REPO}/scripts").split(), cwd=folder))
+    written = folder / line.split("--output ")[1]
+    assert len(written.read_text().splitlines()) == 1 and f"DATA_DIR={written}" in result.stdout
+
+
+def check_data(line: str, folder: Path) -> None:
+    """Run for real, on as few rows as the numbers of the line allow."""
+    (folder / "data").mkdir()
+    question = [{"role": "user", "content": "What is 1+1?"}]
+    rows = {"messages": [*question, {"role": "assistant", "content": "2"}], "prompt": question, "label": "2"}
+    (folder / line.split("--data ")[1].split()[0]).write_text((json.dumps(rows) + "\n") * 128)
+    assert "rollouts" in ok(run(sys.executable, REPO / "tools" / "check_data.py", *line.split()[2:], cwd=folder)).stdout
+
+
+def ray(line: str, folder: Path) -> None:
+    """As a dry run: tests/scripts/test_ray.py starts and stops clusters for real."""
+    env = {"RAY_TEMP_DIR": str(folder)[:30]}
+    stdout = ok(run("bash", "-c", f"{line} --dry-run", env=env, cwd=REPO)).stdout
+    assert "ray start" in stdout or "ray_stop" in line
+
+
 def packages(line: str, folder: Path) -> None:
     """The packages are those that tests/tools/test_converters.py runs the tools with, and numba."""
     assert line == "pip install numpy safetensors tqdm numba"
@@ -114,13 +153,18 @@ def benchmark(line: str, folder: Path) -> None:
 def export(line: str, folder: Path) -> None:
     """A variable that the scripts read."""
     name = line.split()[1].split("=")[0]
-    assert name in (REPO / "scripts" / "lib" / "venv.sh").read_text()
+    readers = (REPO / "scripts" / "lib" / "venv.sh", REPO / "scripts" / "ray_start.sh")
+    assert any(name in path.read_text() for path in readers)
 
 
 RUNNERS = {
     r"bash scripts/quickstart\.sh$": quickstart,
     r"bash scripts/test\.sh$": suite,
     r"bash scripts/CPT/\S+\.sh": launch,
+    r"bash scripts/(SFT|RL)/InfiR2\S+\.sh": launch,
+    r"bash scripts/(SFT|RL)/prepare_data\.sh": prepare,
+    r"python tools/check_data\.py": check_data,
+    r"(MASTER_ADDR=\S+ )?bash scripts/ray_(start|stop)\.sh": ray,
     r"git submodule update --init \S+$": submodule,
     r"tail -f ": tail,
     r"\.venv/bin/tensorboard ": tensorboard,
@@ -131,12 +175,16 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python tools/")])
+# Each reads what another line wrote.
+CHECKPOINT_TOOLS = [line for line in commands() if re.match(r"python tools/(?!check_data)", line)]
+
+
+@pytest.mark.parametrize("line", CHECKPOINT_TOOLS)
 def test_checkpoint_tool(line, checkpoints):
     tool(line, checkpoints)
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("python tools/")])
+@pytest.mark.parametrize("line", [line for line in commands() if line not in CHECKPOINT_TOOLS])
 def test_command(line, tmp_path):
     runners = [runner for pattern, runner in RUNNERS.items() if re.match(pattern, line)]
     assert len(runners) == 1, f"no way to run: {line}"

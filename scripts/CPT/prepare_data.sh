@@ -3,9 +3,7 @@
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-source "$REPO/scripts/lib/cli.sh"
-source "$REPO/scripts/lib/checks.sh"
-source "$REPO/scripts/lib/launch.sh"
+source "$REPO/scripts/lib/all.sh"
 
 usage() {
   cat <<EOF
@@ -28,54 +26,27 @@ EOF
 : "${ENGINE:=megatron}" "${TOKENIZER_MODEL:=$REPO/models/qwen2.5-7B}" "${WORKERS:=$(nproc)}"
 default_python
 
-# parse_options ARG...: own options become INPUT, PREFIX, ...; everything else goes to EXTRA_ARGS.
-parse_options() {
-  INPUT='' PREFIX='' DRY_RUN=0 EXTRA_ARGS=()
-  while (($#)); do
-    case $1 in
-      --input | --output-prefix | --tokenizer | --workers | --engine)
-        [[ -n ${2-} && $2 != --* ]] || die "$1: expected a value, found '${2-}'"
-        case $1 in
-          --input) INPUT=$2 ;;
-          --output-prefix) PREFIX=$2 ;;
-          --tokenizer) TOKENIZER_MODEL=$2 ;;
-          --workers) WORKERS=$2 ;;
-          --engine) ENGINE=$2 ;;
-        esac
-        shift
-        ;;
-      --input=* | --output-prefix=* | --tokenizer=* | --workers=* | --engine=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        continue
-        ;;
-      --dry-run) DRY_RUN=1 ;;
-      -h | --help) usage && exit ;;
-      *) EXTRA_ARGS+=("$1") ;;
-    esac
-    shift
-  done
-}
-
-parse_options "$@"
+OWN_FLAGS=(--input --output-prefix --tokenizer --workers --engine) INPUT='' OUTPUT_PREFIX='' TOKENIZER=$TOKENIZER_MODEL
+parse_cli "$@"
 [[ -n $INPUT ]] || die '--input: expected a jsonl file, found nothing'
-[[ -n $PREFIX ]] || die '--output-prefix: expected a path, found nothing'
+[[ -n $OUTPUT_PREFIX ]] || die '--output-prefix: expected a path, found nothing'
 one_of ENGINE megatron embedded
 positive WORKERS
-PREFIX=$(absolute "$PREFIX")
+PREFIX=$(absolute "$OUTPUT_PREFIX")
 RESULT=${PREFIX}_text_document
 if [[ -f $RESULT.idx && -f $RESULT.bin ]]; then
   printf 'nothing to do: %s.{bin,idx} are there\n' "$RESULT" >&2
   exit
 fi
 [[ -f $INPUT ]] || missing "--input: $INPUT not found"
-check_tokenizer "$TOKENIZER_MODEL"
+check_tokenizer "$TOKENIZER"
 [[ $ENGINE == embedded ]] || check_submodule Megatron-LM tools/preprocess_data.py
 
 # A prefix of its own, so that a conversion that is cut off leaves nothing that looks like data.
 PARTIAL=$(dirname "$PREFIX")/.$(basename "$PREFIX").partial
 FLAGS=(
   --input "$INPUT" --output-prefix "$PARTIAL" --json-keys text --append-eod
-  --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL"
+  --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"
   --workers "$WORKERS" "${EXTRA_ARGS[@]}"
 )
 if [[ $ENGINE == embedded ]]; then

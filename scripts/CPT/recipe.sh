@@ -3,10 +3,7 @@
 # this file; STAGE=decay makes the standalone decay run of the same numbers.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-source "$REPO/scripts/lib/cli.sh"
-source "$REPO/scripts/lib/state.sh"
-source "$REPO/scripts/lib/checks.sh"
-source "$REPO/scripts/lib/launch.sh"
+source "$REPO/scripts/lib/all.sh"
 
 usage() {
   cat <<EOF
@@ -30,17 +27,14 @@ EOF
 
 : "${STAGE:=full}" "${ENGINE:=megatron}" "${PRECISION:=fp8}" "${FP8_SCALE_FORMAT:=pow2}" "${PROFILE:=0}"
 : "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:0}"  # port 0: torchrun takes a free one
-RUN_NAME=$(basename "$0" .sh)
-[[ $PRECISION != bf16 ]] || RUN_NAME=${RUN_NAME/FP8/BF16}
-OUT_DIR=$(absolute "${OUT_DIR:-$REPO/exp/$RUN_NAME}")
+name_run
 : "${DATA_PATH:=$REPO/data/cpt_text_document}" "${DATA_CACHE_PATH:=$OUT_DIR/data_cache}"
 : "${TOKENIZER_MODEL:=$REPO/models/$MODEL}" "${INIT_CHECKPOINT=$REPO/models/${MODEL}_torch_dist}"
 default_python
 
+OWN_FLAGS=(--nnodes --rdzv_endpoint --load --engine) OWN_SWITCHES=(--from-scratch) LOAD=''
 parse_cli "$@"
-one_of ENGINE megatron embedded
-one_of PRECISION fp8 bf16
-one_of FP8_SCALE_FORMAT pow2 fp32
+check_choices
 positive NNODES GPUS_PER_NODE TP
 ((NNODES == 1)) || [[ $RDZV_ENDPOINT =~ ^[^:]+:[1-9][0-9]*$ ]] ||
   die "--rdzv_endpoint: expected HOST:PORT of the first node for --nnodes $NNODES, found '$RDZV_ENDPOINT'"
@@ -49,8 +43,6 @@ for flag in --ckpt-step --finetune --no-load-optim --pretrained-checkpoint; do
   ! passed "$flag" || die "$flag: the launcher decides how a run starts; use --load, INIT_CHECKPOINT or --from-scratch"
 done
 
-# A passed-through flag replaces the recipe's number everywhere: in the header, the state and the success check.
-override() { printf -v "$1" '%s' "$(last_value "$2" "${!1-}" "${EXTRA_ARGS[@]}")"; }
 SAVE_DIR=$OUT_DIR/checkpoints LR_STYLE=WSD
 [[ $STAGE != decay ]] || WARMUP_ITERS=0  # done in the stable run
 override SAVE_DIR --save
@@ -163,18 +155,12 @@ header() {
     first=$last
   done
   printf '%s\n' "$RUN_NAME"
-  printf '  %-10s %s\n' engine "$ENGINE, $(engine_commit)" \
+  printf '  %-10s %s\n' engine "$ENGINE, $(engine_commit Megatron-LM)" \
     model "$MODEL, TP $TP" \
     precision "$PRECISION$([[ $PRECISION == bf16 ]] || echo " (E4M3, 128-blocks, $FP8_SCALE_FORMAT scales)")" \
     data "${DATA_WORDS[*]:-as passed through}" \
     tokens "$(human "$per_step") per step ($GLOBAL_BATCH_SIZE x $SEQ_LENGTH), $(human $((per_step * TRAIN_ITERS))) in $TRAIN_ITERS iterations" \
     schedule "$schedule" state "$STATE" output "$OUT_DIR"
-}
-
-engine_commit() {
-  local dir=$REPO
-  [[ $ENGINE == embedded ]] || dir=$REPO/training/Megatron-LM
-  [[ -e $dir/.git ]] && git -C "$dir" rev-parse --short=12 HEAD 2>/dev/null || echo 'commit unknown'
 }
 
 check_flags pretrain_gpt "$TOKENIZER_MODEL" "${ARGS[@]}"

@@ -9,6 +9,13 @@ one_of() {
   die "$name: expected one of ${*:2}, found '${!name}'"
 }
 
+# check_choices: what all recipes let choose.
+check_choices() {
+  one_of ENGINE megatron embedded
+  one_of PRECISION fp8 bf16
+  one_of FP8_SCALE_FORMAT pow2 fp32
+}
+
 # positive NAME...: each variable holds an integer > 0.
 positive() {
   local name
@@ -54,10 +61,12 @@ check_data() {
   done
 }
 
+# check_tokenizer DIR [VARIABLE]
 check_tokenizer() {
-  [[ -d $1 ]] || { missing "TOKENIZER_MODEL: directory $1 not found" && return; }
+  local name=${2-TOKENIZER_MODEL}
+  [[ -d $1 ]] || { missing "$name: directory $1 not found" && return; }
   [[ -f $1/tokenizer.json || -f $1/vocab.json || -f $1/tokenizer.model ]] ||
-    missing "TOKENIZER_MODEL: $1 holds no tokenizer (tokenizer.json or vocab.json)"
+    missing "$name: $1 holds no tokenizer (tokenizer.json or vocab.json)"
 }
 
 # check_flags PROGRAM DIR ARG...: the argument list against the pinned parser and its combination rules, and

@@ -16,6 +16,13 @@ absolute() {
   printf '%s\n' "$path"
 }
 
+# name_run: RUN_NAME and OUT_DIR, from the name of the recipe.
+name_run() {
+  RUN_NAME=$(basename "$0" .sh)
+  [[ $PRECISION != bf16 ]] || RUN_NAME=${RUN_NAME/FP8/BF16}
+  OUT_DIR=$(absolute "${OUT_DIR:-$REPO/exp/$RUN_NAME}")
+}
+
 # default_python: PYTHON is the project's own environment where there is one.
 default_python() {
   [[ -z ${PYTHON-} ]] || return 0
@@ -42,26 +49,31 @@ passed() {
   return 1
 }
 
-# parse_cli ARG...: own options become variables (--load: LOAD), everything else goes to EXTRA_ARGS.
+# override VARIABLE FLAG: a passed-through flag replaces the recipe's number everywhere: in the header, the state and
+# the success check.
+override() { printf -v "$1" '%s' "$(last_value "$2" "${!1-}" "${EXTRA_ARGS[@]}")"; }
+
+OWN_FLAGS=() OWN_SWITCHES=()
+
+# parse_cli ARG...: the options in OWN_FLAGS take a value and become variables (--load: LOAD), those in OWN_SWITCHES
+# become 0 or 1; what is not the script's own goes to EXTRA_ARGS.
 parse_cli() {
   local name
-  DRY_RUN=0 FROM_SCRATCH=0 LOAD='' EXTRA_ARGS=()
+  DRY_RUN=0 EXTRA_ARGS=()
+  for name in "${OWN_SWITCHES[@]#--}"; do name=${name//-/_} && printf -v "${name^^}" 0; done
   while (($#)); do
+    name=${1#--} name=${name%%=*} name=${name//-/_}
+    if [[ " ${OWN_FLAGS[*]} " == *" ${1%%=*} "* ]]; then
+      [[ $1 != *=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+      [[ -n ${2-} && $2 != --* ]] || die "$1: expected a value, found '${2-}'"
+      printf -v "${name^^}" '%s' "$2"
+      shift 2
+      continue
+    fi
     case $1 in
-      --nnodes | --rdzv_endpoint | --load | --engine)
-        [[ -n ${2-} && $2 != --* ]] || die "$1: expected a value, found '${2-}'"
-        name=${1#--}
-        printf -v "${name^^}" '%s' "$2"
-        shift
-        ;;
-      --nnodes=* | --rdzv_endpoint=* | --load=* | --engine=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        continue
-        ;;
-      --from-scratch) FROM_SCRATCH=1 ;;
       --dry-run) DRY_RUN=1 ;;
       -h | --help) usage && exit ;;
-      *) EXTRA_ARGS+=("$1") ;;
+      *) if [[ " ${OWN_SWITCHES[*]} " == *" $1 "* ]]; then printf -v "${name^^}" 1; else EXTRA_ARGS+=("$1"); fi ;;
     esac
     shift
   done

@@ -1,16 +1,25 @@
 # shellcheck shell=bash
 # Print a command, or run it and judge its end.
 #
-# In: COMMAND (everything from `env VAR=value ...` on) ENGINE OUT_DIR SAVE_DIR START TRAIN_ITERS NNODES
+# In: COMMAND (everything from `env VAR=value ...` on) ENGINE OUT_DIR SAVE_DIR START TRAIN_ITERS NNODES UNIT
 
 # print_command: one flag per line, quoted so that it can be pasted.
 print_command() {
-  local word
+  local word text
   printf '%q' "${COMMAND[0]}"
   for word in "${COMMAND[@]:1}"; do
-    if [[ $word == --* ]]; then printf ' \\\n  %q' "$word"; else printf ' %q' "$word"; fi
+    text=$word
+    [[ $word =~ ^[[:alnum:]_./:=,+@%-]+$ ]] || text=${word@Q}
+    if [[ $word == --* ]]; then printf ' \\\n  %s' "$text"; else printf ' %s' "$text"; fi
   done
   printf '\n'
+}
+
+# engine_commit SUBMODULE: of the pinned upstream, or of this repository for the embedded engine.
+engine_commit() {
+  local dir=$REPO
+  [[ $ENGINE == embedded ]] || dir=$REPO/training/$1
+  [[ -e $dir/.git ]] && git -C "$dir" rev-parse --short=12 HEAD 2>/dev/null || echo 'commit unknown'
 }
 
 # hold_lock FILE ARG...: one run at a time. Children inherit the lock, so that it also stands for a child whose parent
@@ -79,17 +88,20 @@ run_child() {
 }
 
 # judge_run LOG: success is status 0 and the tracker at its target. All else says what to do and exits with 75
-# (time slice over), 128 + signal, or the trainer's own status.
+# (time slice over), 128 + signal, or the trainer's own status. UNIT: what START and TRAIN_ITERS count.
 judge_run() {
-  local reached
+  local reached done_now
   read_tracker "$SAVE_DIR"
-  reached="iteration ${TRACKER:=0} of $TRAIN_ITERS"
+  done_now=${TRACKER:-0}
+  # slime's tracker holds the id of the last rollout, from 0.
+  [[ ${UNIT:=iteration} != rollout || -z $TRACKER ]] || done_now=$((TRACKER + 1))
+  reached="$UNIT $done_now of $TRAIN_ITERS"
   local again="run the same command again to continue"
-  if ((STATUS == 0 && TRACKER >= TRAIN_ITERS)); then
+  if ((STATUS == 0 && done_now >= TRAIN_ITERS)); then
     printf 'done: %s, checkpoints in %s\n' "$reached" "$SAVE_DIR" >&2
   elif ((STOPPED)); then
     printf 'stopped: saved at %s; %s\n' "$reached" "$again" >&2 && exit "$STOPPED"
-  elif ((STATUS == 0 && TRACKER > START)); then
+  elif ((STATUS == 0 && done_now > START)); then
     printf 'time slice over: saved at %s; %s\n' "$reached" "$again" >&2 && exit 75
   elif ((STATUS == 0)); then
     die "the trainer exited with status 0 but saved nothing new (at $reached); see $1"

@@ -1,11 +1,10 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2153
 # Body of scripts/{SFT,RL}/prepare_data.sh: data by tools/prepare_data.py.
 #
 # In: STAGE FORMAT (the default) ROWS (what is written) FORMATS (for the help, with the stage's own options)
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-source "$REPO/scripts/lib/cli.sh"
-source "$REPO/scripts/lib/launch.sh"
+source "$REPO/scripts/lib/all.sh"
 default_python
 
 usage() {

@@ -8,3 +8,5 @@ MODEL_ARGS=(
   --position-embedding-type rope --rotary-base 1000000 --max-position-embeddings 32768
   --make-vocab-size-divisible-by 1188
 )
+# Rows of the HF weights. pretrain_gpt.py counts the tokenizer itself; slime sends this many rows to its rollout engine.
+VOCAB_ARGS=(--vocab-size 152064)

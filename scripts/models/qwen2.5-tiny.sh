@@ -8,3 +8,5 @@ MODEL_ARGS=(
   --position-embedding-type rope --rotary-base 10000 --max-position-embeddings 512
   --make-vocab-size-divisible-by 128
 )
+# Rows of the HF weights. pretrain_gpt.py counts the tokenizer itself; slime sends this many rows to its rollout engine.
+VOCAB_ARGS=(--vocab-size 2048)

@@ -1,4 +1,4 @@
-"""The exact command of every recipe, engine, state and precision, and what of it differs from the original recipe."""
+"""The exact command of every CPT recipe, engine, state and precision, and what differs from the original recipe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.scripts.launch import SCRIPTS, command, program_arguments, tracker
-from training.contract import check, contract
+from tests.scripts.launch import (
+    GOLDEN,
+    SCRIPTS,
+    command,
+    difference_table,
+    found_differences,
+    lines,
+    named_differences,
+    original_command,
+    program_arguments,
+    tracker,
+)
+from training.contract import check
 
-GOLDEN = REPO / "tests" / "golden"
 DIFFERENCES = json.loads((GOLDEN / "differences.json").read_text())
-ORIGINAL = json.loads((GOLDEN / "original_argv.json").read_text())
-PROGRAM = contract.load("pretrain_gpt")
 
 
 def states(script: str, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
@@ -36,18 +44,6 @@ def states(script: str, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
         out = folder / "resumed"
         tracker(out / "checkpoints", 100)
         yield "resumed", out, []
-
-
-def lines(words: list[str]) -> list[str]:
-    """One line per flag with its values, one per word before the first flag and for the program."""
-    result: list[str] = []
-    for word in words:
-        value = result and result[-1].startswith("--") and not word.startswith("--") and not word.endswith(".py")
-        if value:
-            result[-1] += f" {word!r}" if " " in word or not word else f" {word}"
-        else:
-            result.append(word)
-    return result
 
 
 def document(script: str, engine: str, folder: Path) -> str:
@@ -109,41 +105,11 @@ def test_bf16_drops_exactly_the_fp8_flags(script, tmp_path):
 # ---------------------------------------------------------------- against the original
 
 
-def values(argv: list[str]) -> dict[str, str]:
-    """Flag -> its values as text; a repeated flag counts once, the last."""
-    return {piece[0]: " ".join(piece[1:]) for piece in contract.split(PROGRAM, argv)}
-
-
-def generic(value: str) -> str:
-    """Paths are the user's: only whether there is one can differ."""
-    return "PATH" if value.startswith(("/", "<CWD>")) else value
-
-
-def found_differences(name: str, folder: Path) -> dict[str, tuple[str | None, str | None]]:
-    (original,) = ORIGINAL[f"scripts/CPT/{name}.sh"]["commands"]
-    words = original["argv"]
-    entry = next(n for n, word in enumerate(words) if word.endswith("pretrain_gpt.py"))
-    state, out, flags = next(states(name, folder))
-    theirs = {k: generic(v) for k, v in values(words[entry + 1 :]).items()}
-    ours = {k: generic(v) for k, v in values(program_arguments(command(name, *flags, out=out))).items()}
-    return {
-        flag: (theirs.get(flag), ours.get(flag))
-        for flag in sorted(theirs.keys() | ours.keys())
-        if theirs.get(flag) != ours.get(flag)
-    }
-
-
-def named_differences(name: str) -> dict[str, tuple[str | None, str | None]]:
-    return {
-        entry["flag"]: (entry["original"], entry["ours"])
-        for entry in DIFFERENCES
-        if name in entry.get("scripts", [name])
-    }
-
-
 @pytest.mark.parametrize("name", [s for s in SCRIPTS if "tiny" not in s])
 def test_only_named_differences_from_the_original(name, tmp_path):
-    assert found_differences(name, tmp_path) == named_differences(name)
+    _, out, flags = next(states(name, tmp_path))
+    found = found_differences("pretrain_gpt", original_command(name), command(name, *flags, out=out))
+    assert found == named_differences(DIFFERENCES, name)
 
 
 def test_every_difference_says_why():
@@ -154,21 +120,8 @@ def test_every_difference_says_why():
 def test_the_documentation_shows_the_list():
     page = (REPO / "docs" / "CPT.md").read_text()
     table = page.partition("<!-- differences:begin -->\n")[2].partition("<!-- differences:end -->")[0]
-    assert table == difference_table(), "run: python -m tests.scripts.test_golden"
-
-
-def difference_table() -> str:
-    rows = ["| flag | original | ours | why | evidence |", "|---|---|---|---|---|"]
-    for entry in DIFFERENCES:
-        cells = [
-            "absent" if entry[key] is None else f"`{entry[key]}`" if entry[key] else "set"
-            for key in ("original", "ours")
-        ]
-        where = entry.get("scripts")
-        only = "" if where is None else " (" + ", ".join(s.removeprefix("InfiR2_CPT_FP8_") for s in where) + ")"
-        rows.append(f"| `{entry['flag']}`{only} | {cells[0]} | {cells[1]} | {entry['why']} | {entry['evidence']} |")
-    return "\n".join(rows) + "\n"
+    assert table == difference_table(DIFFERENCES), "run: python -m tests.scripts.test_golden"
 
 
 if __name__ == "__main__":
-    print(difference_table(), end="")
+    print(difference_table(DIFFERENCES), end="")

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.conftest import REPO, ok, run
-from tests.scripts.launch import PLACES, RECIPES, SCRIPTS, command, dry_run, program_arguments
+from tests.scripts.launch import PLACES, SCRIPTS, command, dry_run, program_arguments, recipe
 from tests.scripts.test_state import error
 
 FULL = "InfiR2_CPT_FP8_7B"
@@ -19,9 +19,9 @@ def out(tmp_path):
     return tmp_path / "a 'quoted' run"
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "prepare_data"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, tmp_path):
-    result = ok(run("bash", RECIPES / f"{script}.sh", "--help", cwd=tmp_path))
+    result = ok(run("bash", recipe(script), "--help", cwd=tmp_path))
     assert result.stdout.startswith("usage: bash scripts/CPT/") and result.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +151,7 @@ def test_real_launch_names_what_this_machine_lacks(out, tmp_path):
         ("megatron", "training/Megatron-LM: "),
         ("embedded", "DATA_PATH: /data/cpt_text_document.bin"),
     ):
-        result = run("bash", RECIPES / f"{FULL}.sh", "--from-scratch", "--engine", engine, env=env)
+        result = run("bash", recipe(FULL), "--from-scratch", "--engine", engine, env=env)
         assert result.returncode == 1 and not out.exists()
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0]
@@ -163,7 +163,7 @@ def test_a_tokenizer_directory_without_a_tokenizer(out, tmp_path):
     (tmp_path / "empty").mkdir()
     env = {**PLACES, "OUT_DIR": str(out), "DATA_PATH": str(tmp_path / "text")}
     for path, message in (("nowhere", "directory nowhere not found"), (tmp_path / "empty", "holds no tokenizer")):
-        words = ["bash", RECIPES / f"{FULL}.sh", "--from-scratch", "--engine", "embedded"]
+        words = ["bash", recipe(FULL), "--from-scratch", "--engine", "embedded"]
         result = run(*words, env={**env, "TOKENIZER_MODEL": str(path)})
         assert result.returncode == 1 and "error: TOKENIZER_MODEL: " in result.stderr
         assert message in result.stderr and not out.exists()

@@ -21,11 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
 
+from tools.checkpoint import cli  # noqa: E402
 from tools.checkpoint.block_fp8 import WEIGHT_BLOCK, BlockFP8  # noqa: E402
 from tools.checkpoint.errors import CheckpointError  # noqa: E402
 from tools.data import chat  # noqa: E402
+from tools.data.check import Rules  # noqa: E402
 from training.embedded import generation, rewards, rollout  # noqa: E402
 from training.embedded.errors import TrainingError  # noqa: E402
 
@@ -36,8 +38,11 @@ def read_weights(directory: Path) -> rollout.Weights:
     """Every tensor of a Hugging Face checkpoint; an FP8 matrix together with its scales."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise TrainingError(f"{file}: expected a .safetensors file, found: {error}") from error
     if not tensors:
         raise TrainingError(f"{directory}: expected .safetensors files, found none")
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
@@ -49,19 +54,19 @@ def read_weights(directory: Path) -> rollout.Weights:
     }
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The interval of a share of independent trials."""
+def wilson(correct: float, total: int) -> tuple[float, float]:
+    """The interval of a share of independent trials, within 0 and 1."""
     share, spread = correct / total, Z * Z / total
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def of_means(means: list[float]) -> tuple[float, float]:
     """The interval of the mean over questions; Wilson's where all questions agree and nothing can be estimated."""
     mean = statistics.fmean(means)
     if len(set(means)) == 1:
-        return wilson(round(mean * len(means)), len(means))
+        return wilson(mean * len(means), len(means))
     half = Z * statistics.stdev(means) / math.sqrt(len(means))
     return max(0.0, mean - half), min(1.0, mean + half)
 
@@ -69,9 +74,9 @@ def of_means(means: list[float]) -> tuple[float, float]:
 def measure(checkpoint: Path, data: Path, options: argparse.Namespace) -> dict:
     """The content of the output file."""
     tokenizer = chat.load_tokenizer(str(checkpoint))
-    engine = rollout.Engine(str(checkpoint))
+    engine = rollout.Engine(str(checkpoint), tokenizer)
     engine.load(read_weights(checkpoint))
-    rows = rollout.read(str(data), "prompt")
+    rows = rollout.read(str(data), Rules("rl", "prompt", "label", apply_chat_template=True, rm_type=options.rm_type))
     prompts = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows], True)
 
     def judge(temperature: float, samples: int) -> tuple[list[float], float]:
@@ -118,12 +123,16 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help=".jsonl with prompt (messages) and label")
     parser.add_argument("--output", type=Path, required=True, help="the .json file to write")
     parser.add_argument("--rm-type", default="deepscaler", help="the rule (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="per question (default: %(default)s)")
+    parser.add_argument("--samples", type=cli.positive, default=8, help="per question (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="responses at a time (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=cli.positive, default=96, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=cli.positive, default=256, help="responses at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     options = parser.parse_args()
+    try:
+        rewards.reward(options.rm_type, "", "")
+    except ValueError as error:
+        parser.error(str(error))
     try:
         result = measure(options.checkpoint, options.data, options)
     except (TrainingError, CheckpointError) as error:

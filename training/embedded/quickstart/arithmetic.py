@@ -4,10 +4,13 @@
     python training/embedded/quickstart/arithmetic.py --output-dir arithmetic --seed 1
 
     pretrain.jsonl      {"text"}: sums as plain text, for continual pre-training beside the corpus
-    sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 and 2 digits
-    sft_stage2.jsonl    the same with up to 3 digits, and a share of wrong answers after right steps
+    sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 to 3 digits
+    sft_stage2.jsonl    the same with 2 and 3 digits, and a share of wrong answers after right steps
     rl.jsonl            {"prompt", "label"}: every question once
-    held_out.jsonl      {"prompt", "label"}: questions that none of the above contains, in neither order
+    validation.jsonl    {"prompt", "label"}: what RL evaluates on as it runs
+    held_out.jsonl      {"prompt", "label"}: what the report measures
+
+Validation and held-out questions are in none of the other files, in neither order.
 
 The wrong answers are what real fine-tuning data has, made on purpose: they leave a model that knows the answer and
 samples another one half of the time, which is what reinforcement learning with verifiable rewards can repair.
@@ -26,16 +29,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HELD_OUT = 0.1  # share of all pairs
+SPLITS = (("held_out", 0.10), ("validation", 0.15), ("train", 1.0))  # upper ends of their shares of all pairs
 Row = dict[str, Any]
 Pair = tuple[int, int]
 
 
-def held_out(a: int, b: int) -> bool:
-    """Whether a pair belongs to the held-out split: by hash, the same for a + b and b + a."""
+def split_of(a: int, b: int) -> str:
+    """The split of a pair: by hash, the same for a + b and b + a."""
     low, high = sorted((a, b))
     digest = hashlib.sha256(f"{low}+{high}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return next(name for name, end in SPLITS if place <= end)
 
 
 def question(a: int, b: int) -> str:
@@ -58,12 +62,12 @@ def answer(a: int, b: int, result: int) -> str:
     return f"<think>{steps(a, b)}</think>\\boxed{{{result}}}"
 
 
-def pairs(rng: random.Random, digits: tuple[int, ...], *, held: bool = False) -> Iterator[Pair]:
+def pairs(rng: random.Random, digits: tuple[int, ...], split: str = "train") -> Iterator[Pair]:
     """Endless pairs of one split; each time a number of digits is drawn for both."""
     while True:
         size = rng.choice(digits)
         a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
-        if held_out(a, b) == held:
+        if split_of(a, b) == split:
             yield a, b
 
 
@@ -99,11 +103,15 @@ def wrong(rng: random.Random, result: int) -> int:
 
 def build(options: argparse.Namespace) -> dict[str, list[Row]]:
     """Every file, by name. A file's rows depend on the seed and its own size only."""
-    rng = {name: random.Random(f"{options.seed} {name}") for name in ("pretrain", "stage1", "stage2", "rl", "held")}
+    names = ("pretrain", "stage1", "stage2", "rl", "validation", "held_out")
+    rng = {name: random.Random(f"{options.seed} {name}") for name in names}
 
     def take(name: str, digits: tuple[int, ...], count: int) -> list[Pair]:
         source = pairs(rng[name], digits)
         return [next(source) for _ in range(count)]
+
+    def problems(name: str, split: str, count: int) -> list[Row]:
+        return [problem(a, b) for a, b in unique(pairs(rng[name], (2, 2, 3), split), count)]
 
     def stage2(a: int, b: int) -> Row:
         chance = rng["stage2"]
@@ -114,10 +122,11 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
             {"text": f"{a} + {b} = {a + b}, because {steps(a, b)}."}
             for a, b in take("pretrain", (1, 2, 2, 3), options.pretrain)
         ],
-        "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2), options.stage1)],
+        "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2, 3), options.stage1)],
         "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2, 2, 3), options.stage2)],
-        "rl": [problem(a, b) for a, b in unique(pairs(rng["rl"], (2, 2, 3)), options.rl)],
-        "held_out": [problem(a, b) for a, b in unique(pairs(rng["held"], (2, 2, 3), held=True), options.held_out)],
+        "rl": problems("rl", "train", options.rl),
+        "validation": problems("validation", "validation", options.validation),
+        "held_out": problems("held_out", "held_out", options.held_out),
     }
 
 
@@ -126,7 +135,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    for name, count in (("pretrain", 15000), ("stage1", 6400), ("stage2", 3200), ("rl", 4000), ("held-out", 200)):
+    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 3200, "rl": 4000, "validation": 64, "held-out": 200}
+    for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
     parser.add_argument(
         "--wrong", type=float, default=0.5, help="share of wrong answers in stage 2 (default: %(default)s)"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compare an FP8 and a BF16 run of the same data and seed: a short report and one figure.
+"""The quickstart's report: FP8 beside BF16 in pre-training, and what SFT and RL made of the model.
 
-    python training/embedded/quickstart/report.py --fp8 exp/quickstart/cpt_fp8 --bf16 exp/quickstart/cpt_bf16 \\
-        --output exp/quickstart/report.md
+    python training/embedded/quickstart/report.py --quickstart exp/quickstart --output exp/quickstart/report.md
 
-Everything comes from what the runs left: TensorBoard scalars and the log. The figure is written beside the report.
+Everything comes from what the stages left: TensorBoard scalars, logs and measured accuracies. Two figures are written
+beside the report.
 """
 
 from __future__ import annotations
@@ -14,65 +14,18 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+
+from training.embedded.quickstart import fine_tuning  # noqa: E402
+from training.embedded.quickstart.runs import SMOOTH, ReportError, Run, read_run, smooth  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-SMOOTH = 20  # iterations of the running mean in the figure and of the "last" losses in the table
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. Series are (steps, values) by TensorBoard tag, each step once."""
-
-    directory: Path
-    series: dict[str, tuple[np.ndarray, np.ndarray]]
-    log: str
-
-    def values(self, tag: str) -> np.ndarray:
-        """The values of a tag in the order of their steps."""
-        return self.series[tag][1]
-
-
-class ReportError(Exception):
-    """A run that cannot be reported on; the text is one line."""
-
-
-def read_run(directory: Path) -> Run:
-    """Read the TensorBoard scalars and the log under OUT_DIR of a recipe.
-
-    A run that was killed and resumed has steps that were logged twice: the later one is what the weights come from
-    (it is equal when the resume was exact). Raises ReportError naming the file or tag that is missing.
-    """
-    events: dict[str, dict[int, float]] = {}
-    for file in sorted((directory / "tensorboard").glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime):
-        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        accumulator.Reload()
-        for tag in accumulator.Tags()["scalars"]:
-            events.setdefault(tag, {}).update((event.step, event.value) for event in accumulator.Scalars(tag))
-    series = {}
-    for tag, points in events.items():
-        steps = np.array(sorted(points))
-        series[tag] = steps, np.array([points[step] for step in steps])
-    for tag in ("lm loss", "learning-rate", "lm loss test", "tokens-per-second"):
-        if tag not in series:
-            raise ReportError(f"{directory}/tensorboard: expected the scalar '{tag}', found {sorted(series) or 'none'}")
-    logs = sorted((directory / "logs").glob("train_node*.log"))
-    return Run(directory, series, "".join(log.read_text(errors="replace") for log in logs))
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over the last SMOOTH values (fewer at the start)."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - SMOOTH)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def figure(fp8: Run, bf16: Run, output: Path) -> None:
@@ -109,7 +62,7 @@ def relative_gap(fp8: Run, bf16: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report(fp8: Run, bf16: Run, image: str) -> str:
-    """The report as Markdown."""
+    """Markdown of the pre-training part."""
     steps, gap = relative_gap(fp8, bf16)
     rows = []
     for name, run in (("FP8", fp8), ("BF16", bf16)):
@@ -123,7 +76,6 @@ def report(fp8: Run, bf16: Run, image: str) -> str:
     rounding = re.findall(r"^FP8 rounding.*$", fp8.log, re.MULTILINE)
     widest = np.abs(smooth(gap)).max()
     active = rounding[-1] if rounding else f"FP8 rounding: no such line in the log of {fp8.directory}"
-    checkpoint = shlex.quote(str(fp8.directory / "checkpoints"))
     return f"""# Continual pre-training in miniature
 
 {len(steps)} iterations of the recipe on real text, once with FP8 and once with BF16 linear layers; data, seed and
@@ -139,36 +91,43 @@ every other number are the same.
 - {active}
 
 ![losses, their gap and the learning rate]({image})
+"""
 
-## Next
 
-- Watch the runs: `.venv/bin/tensorboard --host 127.0.0.1 --logdir {shlex.quote(str(fp8.directory.parent))}`
+def following(folder: Path) -> str:
+    """What to do after the quickstart."""
+    checkpoint = shlex.quote(str(folder / "cpt_fp8" / "checkpoints"))
+    return f"""# Next
+
+- Watch the runs: `.venv/bin/tensorboard --host 127.0.0.1 --logdir {shlex.quote(str(folder))}`
 - Decay from an earlier checkpoint, as the big recipe does from iteration 35000:
   `ls {checkpoint}`, then `bash scripts/CPT/InfiR2_CPT_FP8_tiny_decay.sh --load {checkpoint}/iter_...`
   with the `DATA_PATH` and `TOKENIZER_MODEL` of the quickstart
-- See the command that eight H100 would run: `bash scripts/CPT/InfiR2_CPT_FP8_7B.sh --dry-run`
-- Read `docs/CPT.md`
+- See the commands that H100 nodes would run: `bash scripts/CPT/InfiR2_CPT_FP8_7B.sh --dry-run`, and the same for
+  `scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh` and `scripts/RL/InfiR2_RL_FP8_7B_stage1_4node.sh`
+- Read `docs/CPT.md`, `docs/SFT.md`, `docs/RL.md`
 """
 
 
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fp8", type=Path, required=True, help="OUT_DIR of the FP8 run")
-    parser.add_argument("--bf16", type=Path, required=True, help="OUT_DIR of the BF16 run")
-    parser.add_argument("--output", type=Path, required=True, help="the Markdown file to write; the figure is a .png")
+    parser.add_argument("--quickstart", type=Path, required=True, help="the folder of scripts/quickstart.sh")
+    parser.add_argument("--output", type=Path, required=True, help="the Markdown file to write; figures are .png")
     options = parser.parse_args()
+    folder, output = options.quickstart, options.output
+    curves, tuning = output.with_suffix(".png"), output.with_name(f"{output.stem}_fine_tuning.png")
     try:
-        fp8, bf16 = read_run(options.fp8), read_run(options.bf16)
+        fp8, bf16 = read_run(folder / "cpt_fp8"), read_run(folder / "cpt_bf16")
+        text = "\n".join([report(fp8, bf16, curves.name), fine_tuning.section(folder, tuning.name), following(folder)])
+        figure(fp8, bf16, curves)
+        fine_tuning.figure(folder, tuning)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    image = options.output.with_suffix(".png")
-    figure(fp8, bf16, image)
-    text = report(fp8, bf16, image.name)
-    partial = options.output.with_name(f".{options.output.name}.partial")
+    partial = output.with_name(f".{output.name}.partial")
     partial.write_text(text)
-    os.replace(partial, options.output)
+    os.replace(partial, output)
     print(text)
     return 0
 

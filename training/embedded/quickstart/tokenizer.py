@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import GenerationConfig, PreTrainedTokenizerFast  # noqa: E402
 
 from training.contract import contract  # noqa: E402
 from training.embedded.model import config_from_args, padded_vocab_size  # noqa: E402
@@ -95,6 +95,9 @@ def main() -> None:
     config = config_from_args(args, rows)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.save_pretrained(partial)
+    # A response ends with the assistant's turn, a document with the end of text: rollout engines stop at both.
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)]
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(partial)
     os.replace(partial, options.output_dir)
     print(f"{options.output_dir}: {len(tokenizer):,} tokens, {rows:,} embedding rows")
 
