@@ -33,9 +33,9 @@ def states(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name, OUT_DIR) of every way that a recipe starts."""
     (folder / "fresh").mkdir()
     yield "fresh", folder / "fresh"
-    root = tracker(folder / "resumed" / "checkpoints", 199)
+    root = tracker(folder / "resumed" / "checkpoints", 19)
     (root / "rollout").mkdir()
-    (root / "rollout" / "global_dataset_state_dict_199.pt").touch()
+    (root / "rollout" / "global_dataset_state_dict_19.pt").touch()
     yield "resumed", folder / "resumed"
 
 
