@@ -43,7 +43,7 @@ on where it stopped, and does nothing when all is done.
 environment:
   OUT_DIR         where everything goes (default exp/quickstart)
   SEED            of data, weights and rollouts (default 1236)
-  SFT_FLAGS, RL_FLAGS  further flags for these recipes, separated by spaces
+  SFT_FLAGS, RL_FLAGS, ARITHMETIC_FLAGS  further flags for these recipes and for the data, separated by spaces
   PYTHON          the Python that .venv is made with (default python3; 3.10 to 3.12)
   TORCH_INDEX_URL package index of the torch build, e.g. https://download.pytorch.org/whl/cpu
 TEXT
@@ -57,7 +57,9 @@ stage_corpus() { run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/corp
 
 result_arithmetic() { echo "${OUT}/arithmetic"; }
 stage_arithmetic() {
-  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/arithmetic.py" --output-dir "${OUT}/arithmetic" --seed "${SEED}"
+  # shellcheck disable=SC2086  # words
+  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/arithmetic.py" --output-dir "${OUT}/arithmetic" \
+    --seed "${SEED}" ${ARITHMETIC_FLAGS:-}
 }
 
 result_tokenizer() { echo "${OUT}/tokenizer"; }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,23 @@ from tests.training.embedded.test_pretrain_gpt import kill_session, state
 from tools.checkpoint import torch_dist
 
 QUICKSTART = REPO / "scripts" / "quickstart.sh"
-STAGES = ["install", "corpus", "tokenizer", "data", "cpt_fp8", "cpt_bf16", "report"]
-ITERATIONS = 16
-# The real stages on the real corpus; only the training is short.
+STAGES = (
+    "install corpus arithmetic tokenizer data cpt_fp8 cpt_bf16 sft_stage1 sft_stage2 sft_scratch rollout_model "
+    "rl_stage1 rl_stage2 accuracy report"
+).split()
+ITERATIONS, ROLLOUTS = 16, 4
+RUNS = {
+    **{name: ITERATIONS for name in ("cpt_fp8", "cpt_bf16")},
+    **{name: ROLLOUTS - 1 for name in ("sft_stage1", "sft_stage2", "sft_scratch2", "rl_stage1", "rl_stage2")},
+}
+# The real stages on the real corpus; only the training is short. A model that has learned so little is never right: the
+# groups of RL that have no signal are kept.
+SHORT_ENV = {
+    "ARITHMETIC_FLAGS": "--pretrain 2000 --stage1 256 --stage2 128 --rl 64 --validation 4 --held-out 8",
+    "SFT_FLAGS": f"--num-rollout {ROLLOUTS} --save-interval 2",
+    "RL_FLAGS": f"--num-rollout {ROLLOUTS} --save-interval 2 --eval-interval 2 --rollout-max-response-len 8",
+    "DYNAMIC_SAMPLING": "0",
+}
 SHORT = [
     *("--", "--train-iters", str(ITERATIONS), "--lr-warmup-iters", "2", "--lr-wsd-decay-iters", "8"),
     *("--save-interval", "4", "--eval-interval", "8", "--eval-iters", "2"),
@@ -27,7 +43,7 @@ SHORT = [
 
 
 def quickstart(out: Path, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return run("bash", QUICKSTART, *flags, env={"OUT_DIR": str(out)}, cwd=cwd)
+    return run("bash", QUICKSTART, *flags, env={"OUT_DIR": str(out), **SHORT_ENV}, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +61,12 @@ def test_it_ends_with_a_report(reference):
     assert report.startswith("# Continual pre-training in miniature")
     assert f"{ITERATIONS} iterations" in report and "| FP8 | " in report and "| BF16 | " in report
     assert "FP8 rounding: 28 of 29 linear layers" in report
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG") and "(report.png)" in report
+    assert "half of the answers are wrong on purpose" in report
+    table = re.findall(r"^\| (.+?) \| (BF16|FP8) \| \d+\.\d% \(.*\) \| \d+\.\d% \(.*\) \|$", report, re.MULTILINE)
+    assert [precision for _, precision in table] == ["BF16", "BF16", "BF16", "BF16", "FP8", "BF16", "BF16"]
+    assert f"| 1 | {ROLLOUTS} | " in report and f"| 2 | {ROLLOUTS} | " in report
+    for name in ("report.png", "report_fine_tuning.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in report
     assert not list(out.glob(".*partial*"))
 
 
@@ -56,8 +77,8 @@ def test_again_does_nothing(reference):
     result = ok(quickstart(out, *SHORT))
     print(f"re-run: {time.monotonic() - start:.1f} s")
     assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()) == before
-    assert result.stdout.count("done before") == 5 and result.stdout.count("nothing to do") == 0
-    assert result.stderr.count("nothing to do") == 2
+    assert result.stdout.count("done before") == 8 and result.stdout.count("nothing to do") == 0
+    assert result.stderr.count("nothing to do") == 9  # one for each run, three of them for the one from random weights
 
 
 def test_killed_at_three_random_points_it_ends_with_the_same_weights(reference, tmp_path):
@@ -66,7 +87,13 @@ def test_killed_at_three_random_points_it_ends_with_the_same_weights(reference, 
     print(f"seed {seed}, {seconds:.0f} s uninterrupted")
     points = [random.Random(seed + n).uniform(0.0, seconds) for n in range(3)]
     out = tmp_path / "out"
-    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OUT_DIR": str(out)}
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ["HOME"],
+        "PYTHON": sys.executable,
+        "OUT_DIR": str(out),
+        **SHORT_ENV,
+    }
     for point in points:
         process = subprocess.Popen(
             ["bash", str(QUICKSTART), *SHORT],
@@ -81,8 +108,11 @@ def test_killed_at_three_random_points_it_ends_with_the_same_weights(reference, 
             kill_session(process.pid)
             process.wait()
     ok(quickstart(out, *SHORT))
-    for precision in ("fp8", "bf16"):
-        assert state(out / f"cpt_{precision}", ITERATIONS) == state(whole / f"cpt_{precision}", ITERATIONS)
+    for name, last in RUNS.items():
+        assert state(out / name, last) == state(whole / name, last), name
+    for file in (whole / "accuracy").iterdir():
+        ours, theirs = (json.loads((folder / "accuracy" / file.name).read_text()) for folder in (out, whole))
+        assert ours | {"checkpoint": ""} == theirs | {"checkpoint": ""}, file.name
     assert (out / "report.md").exists()
 
 
@@ -91,9 +121,9 @@ def test_only_the_launcher_killed_the_orphan_is_waited_for(reference, tmp_path):
     whole, _ = reference
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("corpus.jsonl", "tokenizer", "data"):
+    for name in ("corpus.jsonl", "arithmetic", "tokenizer", "data"):
         (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, out / name)
-    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OUT_DIR": str(out)}
+    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OUT_DIR": str(out), **SHORT_ENV}
     process = subprocess.Popen(
         ["bash", str(QUICKSTART), "--only", "cpt_fp8", *SHORT],
         env=env,
@@ -124,7 +154,7 @@ def test_stages(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--from", "sft"], "sft: expected a stage of: install corpus"),
+        (["--from", "sft"], "sft: expected a stage of: install corpus arithmetic"),
         (["--only"], "--only: expected the name of a stage"),
         (["--quick"], "--quick: unknown option"),
         (["--from", "data", "--only", "data"], "found both"),
@@ -142,6 +172,7 @@ def test_again_throws_away_what_follows(reference, tmp_path):
     shutil.copytree(whole, out)
     ok(quickstart(out, "--only", "tokenizer", "--again", *SHORT))
     assert (out / "corpus.jsonl").exists() and (out / "tokenizer" / "tokenizer.json").exists()
-    for name in ("data/text_text_document.idx", "cpt_fp8", "cpt_bf16", "report.md", "report.png"):
-        assert not (out / name).exists()
+    assert (out / "arithmetic").exists()
+    left = {path.name for path in out.iterdir()} - {"corpus.jsonl", "arithmetic", "tokenizer", ".lock"}
+    assert left == set(), left
     assert (out / "tokenizer" / "tokenizer.json").stat().st_mtime > (whole / "report.md").stat().st_mtime
