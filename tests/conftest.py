@@ -77,4 +77,25 @@ def tiny_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_stages(tiny_data, tmp_path_factory) -> Path:
+    """What RL starts from, laid out as the quickstart does: arithmetic/, a run sft_stage2/ and its Hugging Face forms
+    sft_stage2_hf/, sft_stage2_fp8/ (float32 scales) and pow2/. The run is one step of pre-training.
+    """
+    folder = tmp_path_factory.mktemp("it's prepared")
+    data = (REPO / "training" / "embedded" / "quickstart" / "arithmetic.py", "--output-dir", folder / "arithmetic")
+    ok(run(sys.executable, *data, "--pretrain", 10, "--stage1", 96, "--stage2", 64, "--rl", 64))
+    env = {"OUT_DIR": str(folder / "sft_stage2"), "TOKENIZER_MODEL": str(tiny_data / "tokenizer")}
+    flags = "--train-iters 1 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --eval-iters 1 --from-scratch".split()
+    recipe = REPO / "scripts" / "CPT" / "InfiR2_CPT_FP8_tiny.sh"
+    ok(run("bash", recipe, *flags, "--data-path", tiny_data / "text_text_document", env=env))
+    convert = (REPO / "tools" / "convert_torch_dist_to_hf.py", "--input-dir", folder / "sft_stage2" / "checkpoints")
+    hf = folder / "sft_stage2_hf"
+    ok(run(sys.executable, *convert, "--output-dir", hf, "--origin-hf-dir", tiny_data / "tokenizer"))
+    cast = (sys.executable, REPO / "tools" / "bf16_cast_fp8.py", "--input-bf16-hf-path", hf, "--output-fp8-hf-path")
+    ok(run(*cast, folder / "sft_stage2_fp8", "--force-pow-2-scale", "False"))
+    ok(run(*cast, folder / "pow2", "--force-pow-2-scale", "True"))
+    return folder
+
+
 MODELS = REPO / "scripts" / "models"

@@ -170,7 +170,7 @@ RUNNERS = {
     r"\.venv/bin/tensorboard ": tensorboard,
     r"\.venv/bin/python benchmarks/fp8_gap\.py --data exp/quickstart ": lambda line, folder: None,  # below, with data
     r"pip install ": packages,
-    r"\.venv/bin/python benchmarks/checkpoint_tools\.py ": benchmark,
+    r"\.venv/bin/python benchmarks/(checkpoint_tools|fp8_rollout)\.py ": benchmark,
     r"export ": export,
 }
 

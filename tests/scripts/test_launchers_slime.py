@@ -1,4 +1,4 @@
-"""SFT and RL launches: what is checked before a job is submitted, and real jobs of the embedded engine that are killed."""
+"""SFT and RL launches: what is checked before a job is submitted, and real jobs that are killed."""
 
 from __future__ import annotations
 
@@ -22,42 +22,17 @@ from tests.scripts.launch import FINE_TUNING, dry_run, recipe, tracker
 from tools.checkpoint import torch_dist
 
 SFT, RL = "InfiR2_SFT_FP8_tiny_stage1", "InfiR2_RL_FP8_tiny_stage1"
-QUICKSTART = REPO / "training" / "embedded" / "quickstart"
 
 
-@pytest.fixture(scope="module")
-def prepared(tiny_data, tmp_path_factory) -> dict[str, str]:
-    """The variables of a launch: weights of one step of pre-training, the arithmetic data, tokenizer and FP8 model."""
-    folder = tmp_path_factory.mktemp("it's prepared")
-    ok(run(sys.executable, QUICKSTART / "arithmetic.py", "--output-dir", folder / "data", "--stage1", 96, "--rl", 64))
-    env = {"OUT_DIR": str(folder / "cpt"), "TOKENIZER_MODEL": str(tiny_data / "tokenizer")}
-    flags = "--train-iters 1 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --eval-iters 1 --from-scratch".split()
-    data = ["--data-path", tiny_data / "text_text_document"]
-    ok(run("bash", recipe("InfiR2_CPT_FP8_tiny"), *flags, *data, env=env))
-    hf, fp8 = folder / "hf", folder / "fp8"
-    convert = (REPO / "tools" / "convert_torch_dist_to_hf.py", "--input-dir", folder / "cpt" / "checkpoints")
-    ok(run(sys.executable, *convert, "--output-dir", hf, "--origin-hf-dir", tiny_data / "tokenizer"))
-    cast = (REPO / "tools" / "bf16_cast_fp8.py", "--input-bf16-hf-path", hf, "--output-fp8-hf-path", fp8)
-    ok(run(sys.executable, *cast, "--force-pow-2-scale", "False"))
-    ok(run(sys.executable, *cast[:-1], folder / "pow2", "--force-pow-2-scale", "True"))
-    return {
-        "data": str(folder / "data"),
-        "ref": str(folder / "cpt"),
-        "hf": str(hf),
-        "fp8": str(fp8),
-        "pow2": str(folder / "pow2"),
-    }
-
-
-def variables(prepared: dict[str, str], script: str, out: Path) -> dict[str, str]:
+def variables(tiny_stages: Path, script: str, out: Path) -> dict[str, str]:
     """The environment of a launch."""
     rl = "_RL_" in script
     return {
         "OUT_DIR": str(out),
-        "DATA_DIR": f"{prepared['data']}/{'rl' if rl else 'sft_stage1'}.jsonl",
-        "EVAL_DATA": f"{prepared['data']}/validation.jsonl",
-        "REF_LOAD": prepared["ref"],
-        "HF_CHECKPOINT": prepared["fp8" if rl else "hf"],
+        "DATA_DIR": f"{tiny_stages / 'arithmetic'}/{'rl' if rl else 'sft_stage1'}.jsonl",
+        "EVAL_DATA": f"{tiny_stages / 'arithmetic'}/validation.jsonl",
+        "REF_LOAD": str(tiny_stages / "sft_stage2"),
+        "HF_CHECKPOINT": str(tiny_stages / ("sft_stage2_fp8" if rl else "sft_stage2_hf")),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",  # other tests may run beside
         "WANDB_PROJECT": "",
@@ -128,33 +103,34 @@ def test_what_is_wrong_on_any_machine_stops_a_dry_run(script, flags, env, parts,
     assert "Traceback" not in result.stderr and result.stdout == "" and list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_of_data_must_hold_one_file(prepared, tmp_path):
+def test_a_directory_of_data_must_hold_one_file(tiny_stages, tmp_path):
     (tmp_path / "data").mkdir()
     env = {"DATA_DIR": str(tmp_path / "data"), "PYTHON": sys.executable}
     refused(dry_run(SFT, out=tmp_path / "out", **env), "expected one .jsonl or .parquet file", "found 0")
-    shutil.copy(f"{prepared['data']}/sft_stage1.jsonl", tmp_path / "data" / "one.jsonl")
+    shutil.copy(f"{tiny_stages / 'arithmetic'}/sft_stage1.jsonl", tmp_path / "data" / "one.jsonl")
     assert f"--prompt-data {tmp_path}/data/one.jsonl" in ok(dry_run(SFT, out=tmp_path / "out", **env)).stdout
-    shutil.copy(f"{prepared['data']}/sft_stage1.jsonl", tmp_path / "data" / "two.jsonl")
+    shutil.copy(f"{tiny_stages / 'arithmetic'}/sft_stage1.jsonl", tmp_path / "data" / "two.jsonl")
     refused(dry_run(SFT, out=tmp_path / "out", **env), "found 2; name the file")
 
 
-def test_states(prepared, tmp_path):
+def test_states(tiny_stages, tmp_path):
     out = tmp_path / "out"
     root = out / "checkpoints"
 
     def launch(**env: str) -> subprocess.CompletedProcess:
-        places = variables(prepared, SFT, out) | env
+        places = variables(tiny_stages, SFT, out) | env
         return dry_run(SFT, "--num-epoch", 3, **{k: v for k, v in places.items() if k != "OUT_DIR"}, out=out)
 
     fresh = ok(launch())
-    assert f"fresh (weights of {prepared['ref']}/checkpoints, 1)" in fresh.stderr
+    assert f"fresh (weights of {tiny_stages / 'sft_stage2'}/checkpoints, 1)" in fresh.stderr
     assert "3 epochs = 9 rollouts of 32 samples" in fresh.stderr
     words = shlex.split(fresh.stdout.replace("\\\n", ""))
     assert (
-        "--start-rollout-id" not in words and words[words.index("--ref-load") + 1] == f"{prepared['ref']}/checkpoints"
+        "--start-rollout-id" not in words
+        and words[words.index("--ref-load") + 1] == f"{tiny_stages / 'sft_stage2'}/checkpoints"
     )
 
-    step = f"{prepared['ref']}/checkpoints/iter_0000001"
+    step = f"{tiny_stages / 'sft_stage2'}/checkpoints/iter_0000001"
     assert "--ref-ckpt-step 1" in ok(launch(REF_LOAD=step)).stdout
     refused(launch(REF_LOAD=str(root)), "is where this run writes")
 
@@ -177,8 +153,8 @@ def test_states(prepared, tmp_path):
     assert f"nothing to do: {root} has its 9 rollouts" in done.stderr and done.stdout == ""
 
 
-def test_missing_things_stop_a_launch(prepared, tmp_path):
-    env = variables(prepared, SFT, tmp_path / "out")
+def test_missing_things_stop_a_launch(tiny_stages, tmp_path):
+    env = variables(tiny_stages, SFT, tmp_path / "out")
     for name, part in (
         ("REF_LOAD", "REF_LOAD: expected"),
         ("DATA_DIR", "DATA_DIR: /nowhere"),
@@ -192,25 +168,29 @@ def test_missing_things_stop_a_launch(prepared, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_no_cluster_for_slime_is_one_line(prepared, tmp_path):
+def test_no_cluster_for_slime_is_one_line(tiny_stages, tmp_path):
     """The submodules are not there, either, in this checkout: a dry run names both."""
-    env = variables(prepared, "InfiR2_SFT_FP8_7B_stage1", tmp_path / "out")
+    env = variables(tiny_stages, "InfiR2_SFT_FP8_7B_stage1", tmp_path / "out")
     result = run("bash", recipe("InfiR2_SFT_FP8_7B_stage1"), env=env)
     assert result.returncode == 1 and "error: " in result.stderr and "Traceback" not in result.stderr
 
 
-def test_the_scale_formats_of_trainer_and_rollout_checkpoint(prepared, tmp_path):
-    env = variables(prepared, RL, tmp_path / "out")
+def test_the_scale_formats_of_trainer_and_rollout_checkpoint(tiny_stages, tmp_path):
+    env = variables(tiny_stages, RL, tmp_path / "out")
     places = {k: v for k, v in env.items() if k != "OUT_DIR"}
     header = ok(dry_run(RL, out=tmp_path / "out", **places)).stderr
-    assert "fp32 scales" in header and re.search(rf"{re.escape(prepared['fp8'])}: fp32$", header, re.MULTILINE)
-    result = dry_run(RL, out=tmp_path / "out", **{**places, "HF_CHECKPOINT": prepared["pow2"]})
+    assert "fp32 scales" in header and re.search(
+        rf"{re.escape(str(tiny_stages / 'sft_stage2_fp8'))}: fp32$", header, re.MULTILINE
+    )
+    result = dry_run(RL, out=tmp_path / "out", **{**places, "HF_CHECKPOINT": str(tiny_stages / "pow2")})
     refused(result, "fp32", "pow2", "python tools/bf16_cast_fp8.py", "--force-pow-2-scale False")
     assert (
         "pow2 scales"
         in ok(
             dry_run(
-                RL, out=tmp_path / "out", **{**places, "HF_CHECKPOINT": prepared["pow2"], "FP8_SCALE_FORMAT": "pow2"}
+                RL,
+                out=tmp_path / "out",
+                **{**places, "HF_CHECKPOINT": str(tiny_stages / "pow2"), "FP8_SCALE_FORMAT": "pow2"},
             )
         ).stderr
     )
@@ -287,9 +267,9 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(prepared, cluster, tmp_path_factory) -> dict[str, bytes]:
+def uninterrupted(tiny_stages, cluster, tmp_path_factory) -> dict[str, bytes]:
     """The weights of an SFT run that nothing interrupted."""
-    env = variables(prepared, SFT, tmp_path_factory.mktemp("whole") / "out it's") | {"RAY_TEMP_DIR": cluster}
+    env = variables(tiny_stages, SFT, tmp_path_factory.mktemp("whole") / "out it's") | {"RAY_TEMP_DIR": cluster}
     text = finish(SFT, env)
     assert "done: rollout 6 of 6" in text
     log = Path(env["OUT_DIR"], "logs", "train.log").read_text()
@@ -310,8 +290,8 @@ def _parent_is_a_shell(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith((b"python", b"python3"))
 
 
-def test_the_driver_is_killed(prepared, cluster, uninterrupted, tmp_path):
-    env = variables(prepared, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
+def test_the_driver_is_killed(tiny_stages, cluster, uninterrupted, tmp_path):
+    env = variables(tiny_stages, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
     launch = Launch(SFT, env)
     launch.until("saved checkpoint")
     os.kill(driver(env["OUT_DIR"]), signal.SIGKILL)
@@ -323,8 +303,8 @@ def test_the_driver_is_killed(prepared, cluster, uninterrupted, tmp_path):
     assert weights(env["OUT_DIR"], 5) == uninterrupted
 
 
-def test_the_launcher_is_killed_and_the_next_follows_its_job(prepared, cluster, uninterrupted, tmp_path):
-    env = variables(prepared, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
+def test_the_launcher_is_killed_and_the_next_follows_its_job(tiny_stages, cluster, uninterrupted, tmp_path):
+    env = variables(tiny_stages, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
     launch = Launch(SFT, env)
     launch.until("step 0")
     os.killpg(launch.process.pid, signal.SIGKILL)
@@ -334,8 +314,8 @@ def test_the_launcher_is_killed_and_the_next_follows_its_job(prepared, cluster, 
     assert weights(env["OUT_DIR"], 5) == uninterrupted
 
 
-def test_ctrl_c_stops_the_job(prepared, cluster, uninterrupted, tmp_path):
-    env = variables(prepared, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
+def test_ctrl_c_stops_the_job(tiny_stages, cluster, uninterrupted, tmp_path):
+    env = variables(tiny_stages, SFT, tmp_path / "out") | {"RAY_TEMP_DIR": cluster}
     launch = Launch(SFT, env)
     launch.until("saved checkpoint")
     os.kill(launch.process.pid, signal.SIGINT)
@@ -346,9 +326,9 @@ def test_ctrl_c_stops_the_job(prepared, cluster, uninterrupted, tmp_path):
     assert weights(env["OUT_DIR"], 5) == uninterrupted
 
 
-def test_the_head_is_killed(prepared, uninterrupted, tmp_path):
+def test_the_head_is_killed(tiny_stages, uninterrupted, tmp_path):
     """A cluster of the launcher's own this time: it starts another one."""
-    env = variables(prepared, SFT, tmp_path / "out")
+    env = variables(tiny_stages, SFT, tmp_path / "out")
     launch = Launch(SFT, env)
     launch.until("saved checkpoint")
     (folder,) = re.findall(r"starting Ray.* in (\S+)", launch.log.read_text())
@@ -361,11 +341,11 @@ def test_the_head_is_killed(prepared, uninterrupted, tmp_path):
     assert processes(f"{folder}/session_") == []  # and stops it
 
 
-def test_rl_and_its_actor_is_killed(prepared, cluster, tmp_path):
+def test_rl_and_its_actor_is_killed(tiny_stages, cluster, tmp_path):
     """The learning itself, killed and resumed: tests/training/embedded/test_train.py."""
     results = []
     for name, kill in (("whole", False), ("killed", True)):
-        env = variables(prepared, RL, tmp_path / name) | RL_ENV | {"RAY_TEMP_DIR": cluster}
+        env = variables(tiny_stages, RL, tmp_path / name) | RL_ENV | {"RAY_TEMP_DIR": cluster}
         launch = Launch(RL, env)
         if kill:
             launch.until("saved checkpoint")

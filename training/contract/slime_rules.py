@@ -433,10 +433,10 @@ def temperature(s: SlimeSetup) -> str | None:
 
 @rule("--tis-clip-low", RECIPE)
 def tis_range(s: SlimeSetup) -> str | None:
-    """loss.py:429: torch.clamp makes every ratio the maximum then."""
-    if not s.use_tis or s.tis_clip_low < s.tis_clip:
+    """loss.py:429: torch.clamp makes every ratio the maximum then. Two limits of 1 switch the weights off."""
+    if not s.use_tis or s.tis_clip_low < s.tis_clip or s.tis_clip_low == s.tis_clip == 1.0:
         return None
-    return f"{s.tis_clip_low} is not below --tis-clip {s.tis_clip}"
+    return f"{s.tis_clip_low} is not below --tis-clip {s.tis_clip} (both 1: no weights)"
 
 
 needs(
