@@ -48,10 +48,10 @@ INERT = {
         ckpt_fully_parallel_save async_save tp_comm_overlap num_distributed_optimizer_instances
         """.split(),
     "chooses a kernel or a memory plan, not a result": """
-        use_mcore_models transformer_impl attention_backend use_flash_attn recompute_granularity recompute_method
-        recompute_num_layers recompute_activations gradient_accumulation_fusion masked_softmax_fusion
-        bias_swiglu_fusion bias_dropout_fusion bias_gelu_fusion apply_rope_fusion persist_layer_norm
-        no_persist_layer_norm
+        deprecated_use_mcore_models transformer_impl attention_backend use_flash_attn
+        recompute_granularity recompute_method recompute_num_layers recompute_activations
+        gradient_accumulation_fusion masked_softmax_fusion bias_swiglu_fusion bias_dropout_fusion bias_gelu_fusion
+        apply_rope_fusion no_persist_layer_norm
         cross_entropy_loss_fusion use_precision_aware_optimizer use_cpu_initialization
         accumulate_allreduce_grads_in_fp32 attention_softmax_in_fp32
         """.split(),
@@ -64,6 +64,11 @@ INERT = {
         memory_snapshot_path
         """.split(),
 }
+
+POSITIVE = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
+    seq_length micro_batch_size global_batch_size train_iters
+    """.split()
 
 # A dense Qwen2 with AdamW is what this engine is: (dest, accepted values, what that means in words).
 Only = tuple[str, tuple[Any, ...], str]
@@ -113,6 +118,7 @@ PRETRAIN = Program(
 def parse(argv: Sequence[str], tell: Callable[[str], None] = print) -> argparse.Namespace:
     """Parse a pretrain_gpt.py command line. Raises TrainingError with one line per problem."""
     args, errors, inert = accept(PRETRAIN, argv)
+    errors += at_least_one(args, POSITIVE)
     if not errors:
         _set_defaults(args)
         errors += _check(args)
@@ -212,12 +218,7 @@ def check_warmup(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    errors = at_least_one(
-        args,
-        "num_layers hidden_size num_attention_heads seq_length micro_batch_size global_batch_size train_iters".split(),
-    )
-    if errors:
-        return errors
+    errors = []
     if args.global_batch_size % args.micro_batch_size:
         errors.append(
             f"error: --global-batch-size: expected a multiple of --micro-batch-size {args.micro_batch_size}, "

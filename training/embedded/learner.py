@@ -98,6 +98,8 @@ class Learner:
         if not all(map(_finite, metrics.values())):
             raise TrainingError(f"the loss is not finite: {metrics}; nothing was saved since the last checkpoint")
         metrics["train/grad_norm"] = self.optimizer.step()
+        if not _finite(metrics["train/grad_norm"]):
+            raise TrainingError("the gradient is not finite; nothing was saved since the last checkpoint")
         self.scheduler.step(args.global_batch_size)
         for number, group in enumerate(self.optimizer.param_groups):
             metrics[f"train/lr-pg_{number}"] = self.scheduler.get_lr(group)

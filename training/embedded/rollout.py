@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from tools.checkpoint.block_fp8 import BlockFP8
-from tools.data import chat, rows
+from tools.data import chat
+from tools.data.check import Rules
+from tools.data.rows import Source
 from training.embedded import fp8_linear, generation, grpo, rewards, train_arguments
 from training.embedded.batch import Batch
 from training.embedded.errors import TrainingError
@@ -44,8 +46,9 @@ class Group:
 class Engine:
     """Generates with the model that --hf-checkpoint describes and the weights of the last `load`."""
 
-    def __init__(self, hf_checkpoint: str) -> None:
-        self.config = Qwen2Config.from_pretrained(hf_checkpoint, local_files_only=True)
+    def __init__(self, hf_checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.path = hf_checkpoint
+        self.config = _read_config(Qwen2Config, hf_checkpoint, "config.json")
         self.fp8 = is_fp8(self.config, hf_checkpoint)
         if self.fp8:
             del self.config.quantization_config  # or transformers would quantise by its own rules
@@ -56,18 +59,40 @@ class Engine:
         self.model.to(device).eval().requires_grad_(False)
         # SGLang rounds activations to 1x128 tiles with float32 scales.
         fp8_linear.convert(self.model, fp8_linear.Precision(fp8=self.fp8, pow2=False))
-        self.stop = stop_tokens(hf_checkpoint, self.config)
+        self.stop = stop_tokens(hf_checkpoint, self.config, tokenizer)
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
-        """Take new weights under Hugging Face's names; rows of padding beyond the vocabulary are cut off."""
+        """Take new weights under Hugging Face's names; rows of padding beyond the vocabulary are cut off. Raises
+        TrainingError where they are not of the model that config.json describes.
+        """
         modules = dict(self.model.named_modules())
         for name, parameter in self.model.named_parameters():
-            weight = weights[name]
+            weight = weights.get(name)
+            found = None if weight is None else (weight.codes if isinstance(weight, BlockFP8) else weight).shape
+            if found is None or not _fits(name, found, parameter.shape):
+                raise TrainingError(
+                    f"{self.path}/config.json: expected the model of the weights, where {name} is "
+                    f"{'absent' if found is None else tuple(found)}, found {tuple(parameter.shape)}"
+                )
             if isinstance(weight, BlockFP8):
                 modules[name.removesuffix(".weight")].use_operand(weight.dequantize())
             else:
                 parameter.copy_(weight[: parameter.shape[0]])
+
+
+def _fits(name: str, found: torch.Size, wanted: torch.Size) -> bool:
+    vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
+    return found[1:] == wanted[1:] and (found[0] == wanted[0] or (vocabulary and found[0] > wanted[0]))
+
+
+def _read_config(kind: type[Qwen2Config] | type[GenerationConfig], path: str, file: str) -> Any:
+    try:
+        return kind.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path}/{file}: expected a {kind.__name__}, found: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def is_fp8(config: Qwen2Config, path: str) -> bool:
@@ -78,22 +103,23 @@ def is_fp8(config: Qwen2Config, path: str) -> bool:
     if settings is None:
         return False
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    wanted: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    wanted: dict[str, Any] = {
+        **{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"},
+        "weight_block_size": [128, 128],
+    }
     for key, value in wanted.items():
         found = settings.get(key)
         if (list(found) if isinstance(found, tuple) else found) != value:
-            raise TrainingError(
-                f"--hf-checkpoint: {path}/config.json: quantization_config.{key}: expected {value}, found {found}"
-            )
+            raise TrainingError(f"{path}/config.json: quantization_config.{key}: expected {value}, found {found}")
     return True
 
 
-def stop_tokens(path: str, config: Qwen2Config) -> tuple[int, ...]:
+def stop_tokens(path: str, config: Qwen2Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What ends a response: the eos tokens of generation_config.json, config.json and tokenizer, as SGLang has them."""
     ids: set[int] = set()
     if (Path(path) / "generation_config.json").is_file():
-        ids |= _ids(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
-    return tuple(sorted(ids | _ids(config.eos_token_id)))
+        ids |= _ids(_read_config(GenerationConfig, path, "generation_config.json").eos_token_id)
+    return tuple(sorted(ids | _ids(config.eos_token_id) | _ids(tokenizer.eos_token_id)))
 
 
 def _ids(value: int | list[int] | None) -> set[int]:
@@ -106,19 +132,35 @@ class RolloutManager:
     def __init__(self, args: argparse.Namespace, threads: int) -> None:
         torch.set_num_threads(threads)
         self.args = args
+
+    def start(self) -> int:
+        """Read the data and build the engine. Returns the whole rollouts in one pass over the data.
+
+        Not done at construction, where Ray would make a long text of an error.
+        """
+        args = self.args
         self.tokenizer = chat.load_tokenizer(args.hf_checkpoint)
         self.source = PromptSource(
-            read(args.prompt_data, args.input_key),
+            read(args.prompt_data, self._rules(args.input_key, args.label_key)),
             shuffle=args.rollout_shuffle,
             seed=args.rollout_seed,
             samples=args.n_samples_per_prompt,
         )
         self.evaluations: dict[str, list[Row]] = {}
-        self.engine = None if train_arguments.is_sft(args) else Engine(args.hf_checkpoint)
+        self.engine = None if train_arguments.is_sft(args) else Engine(args.hf_checkpoint, self.tokenizer)
+        return len(self.source.rows) // args.rollout_batch_size
 
-    def rollouts_per_epoch(self) -> int:
-        """Whole rollouts in one pass over the data."""
-        return len(self.source.rows) // self.args.rollout_batch_size
+    def _rules(self, input_key: str, label_key: str | None) -> Rules:
+        """What a row must be."""
+        args = self.args
+        return Rules(
+            kind="sft" if train_arguments.is_sft(args) else "rl",
+            input_key=input_key,
+            label_key=label_key or "label",
+            metadata_key=args.metadata_key,
+            apply_chat_template=args.apply_chat_template,
+            rm_type=args.rm_type or "",
+        )
 
     def save(self, root: str, rollout_id: int) -> None:
         """Keep the data position after a rollout."""
@@ -178,21 +220,14 @@ class RolloutManager:
                     f"{args.rollout_batch_size} groups have rewards that differ: there is nothing left to learn"
                 )
             prompts = self.source.take(args.over_sampling_batch_size)
-            for group in self._groups(
-                prompts,
-                args.input_key,
-                args.label_key,
-                self._sampling("rollout"),
-                args.n_samples_per_prompt,
-                (args.rollout_seed, rollout_id, drawn),
-            ):
-                if len(kept) == args.rollout_batch_size:
-                    break
+            for group in self._groups("rollout", prompts, (args.rollout_seed, rollout_id, drawn)):
                 drawn += 1
                 if args.dynamic_sampling_filter_path is None or grpo.has_signal(group.rewards):
                     kept.append(group)
                 else:
                     dropped[group.rewards[0]] = dropped.get(group.rewards[0], 0) + 1
+                if len(kept) == args.rollout_batch_size:
+                    break  # before the next ones are generated
         batch = Batch(log_probs=[])
         for group in kept:
             for response, reward in zip(group.responses, group.rewards, strict=True):
@@ -216,17 +251,8 @@ class RolloutManager:
         args, metrics = self.args, {}
         for name, path in zip(args.eval_prompt_data[::2], args.eval_prompt_data[1::2], strict=True):
             if name not in self.evaluations:
-                self.evaluations[name] = read(path, args.eval_input_key)
-            groups = list(
-                self._groups(
-                    self.evaluations[name],
-                    args.eval_input_key,
-                    args.eval_label_key,
-                    self._sampling("eval"),
-                    args.n_samples_per_eval_prompt,
-                    (args.rollout_seed, "eval", name),
-                )
-            )
+                self.evaluations[name] = read(path, self._rules(args.eval_input_key, args.eval_label_key))
+            groups = list(self._groups("eval", self.evaluations[name], (args.rollout_seed, "eval", name)))
             scores = [reward for group in groups for reward in group.rewards]
             cut = [response.truncated for group in groups for response in group.responses]
             metrics[f"eval/{name}"] = sum(scores) / len(scores)
@@ -245,49 +271,47 @@ class RolloutManager:
             stop=(*self.engine.stop, *(self.args.rollout_stop_token_ids or ())),
         )
 
-    def _groups(
-        self,
-        prompts: Sequence[Row],
-        input_key: str,
-        label_key: str,
-        sampling: generation.Sampling,
-        samples: int,
-        seed: tuple[object, ...],
-    ) -> Iterator[Group]:
-        """Groups in the order of the prompts, as many at a time as --sglang-max-running-requests allows."""
-        together = max(1, (self.args.sglang_max_running_requests or 128) // samples)
+    def _groups(self, kind: str, prompts: Sequence[Row], seed: tuple[object, ...]) -> Iterator[Group]:
+        """Groups in the order of the prompts, as many at a time as --sglang-max-running-requests allows. kind:
+        "rollout" or "eval", which decides the flags.
+        """
+        args, sampling = self.args, self._sampling(kind)
+        input_key, label_key, samples = args.input_key, args.label_key, args.n_samples_per_prompt
+        if kind == "eval":
+            input_key, label_key, samples = args.eval_input_key, args.eval_label_key, args.n_samples_per_eval_prompt
+        together = max(1, (args.sglang_max_running_requests or 128) // samples)
         for start in range(0, len(prompts), together):
             part = prompts[start : start + together]
-            tokens = chat.encode_prompts(
-                self.tokenizer, [row[input_key] for row in part], self.args.apply_chat_template
-            )
-            self._check_length(tokens, sampling)
+            tokens = chat.encode_prompts(self.tokenizer, [row[input_key] for row in part], args.apply_chat_template)
+            self._check_length(tokens, sampling.max_new_tokens, kind)
             repeated = [prompt for prompt in tokens for _ in range(samples)]
             drawn = generation.generate(self.engine.model, repeated, sampling, generation.seed_of(*seed, start))
             for number, row in enumerate(part):
                 responses = drawn[number * samples : (number + 1) * samples]
                 texts = [
-                    self.tokenizer.decode(response.tokens, skip_special_tokens=self.args.rollout_skip_special_tokens)
+                    self.tokenizer.decode(response.tokens, skip_special_tokens=args.rollout_skip_special_tokens)
                     for response in responses
                 ]
-                scores = [rewards.reward(self.args.rm_type, text, row[label_key]) for text in texts]
+                scores = [rewards.reward(args.rm_type, text, row[label_key]) for text in texts]
                 yield Group(tokens[number], responses, texts, scores)
 
-    def _check_length(self, prompts: Sequence[Sequence[int]], sampling: generation.Sampling) -> None:
+    def _check_length(self, prompts: Sequence[Sequence[int]], response: int, kind: str) -> None:
         longest, limit = max(map(len, prompts)), self.engine.config.max_position_embeddings
-        if longest + sampling.max_new_tokens > limit:
+        if longest + response > limit:
             raise TrainingError(
-                f"--rollout-max-response-len: expected at most {limit - longest}, since a prompt has {longest} tokens "
-                f"and the model {limit} positions, found {sampling.max_new_tokens}"
+                f"--{kind}-max-response-len: expected at most {limit - longest}, since a prompt has {longest} tokens "
+                f"and the model {limit} positions, found {response}"
             )
 
 
-def read(path: str, key: str) -> list[Row]:
-    """All rows of a .jsonl or .parquet file. Raises TrainingError if there is none, or one lacks `key`."""
-    found = [row for _, row in rows.Source(Path(path))]
+def read(path: str, rules: Rules) -> list[Row]:
+    """All rows of a .jsonl or .parquet file. Raises TrainingError that names the first bad one."""
+    source, found = Source(Path(path)), []
+    for number, row in source:
+        problem = rules.problem(row)
+        if problem:
+            raise TrainingError(f"{source.where(number)}: {problem}")
+        found.append(row)
     if not found:
         raise TrainingError(f"{path}: expected samples, found none")
-    for number, row in enumerate(found, 1):
-        if key not in row:
-            raise TrainingError(f"{path}: sample {number}: expected the key '{key}', found {sorted(row)}")
     return found

@@ -36,7 +36,7 @@ from training.embedded.rollout import RolloutManager  # noqa: E402
 def start_ray() -> None:
     """Join the cluster that this job belongs to, or start one for this process."""
     if os.environ.get("RAY_ADDRESS"):  # Ray sets it for a job
-        ray.init()
+        ray.init(logging_level="warning")  # its greeting has colour codes
     else:
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
         ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
@@ -69,9 +69,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        train_arguments.choose_start(args)
         self.rollouts = start_rollouts(args)
-        self.per_epoch = train_arguments.set_length(args, ray.get(self.rollouts.rollouts_per_epoch.remote()))
+        self.per_epoch = train_arguments.set_length(args, ray.get(self.rollouts.start.remote()))
         if args.start_rollout_id:
             ray.get(self.rollouts.load.remote(args.load, args.start_rollout_id - 1))
         self.learner = Learner(args)
@@ -150,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     try:
         args = train_arguments.parse(sys.argv[1:] if argv is None else argv)
+        train_arguments.choose_start(args)
         start_ray()
         Run(args).run()
-    except (TrainingError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    # The first one, as Ray makes it of the class of its cause, too, with a traceback for a text.
     except ray.exceptions.RayTaskError as error:
         if not isinstance(error.cause, (TrainingError, CheckpointError)):
             raise
         print(error.cause, file=sys.stderr)
+        return 1
+    except (TrainingError, CheckpointError) as error:
+        print(error, file=sys.stderr)
         return 1
     except ray.exceptions.RayActorError as error:
         print(f"error: the rollout actor died: {str(error).splitlines()[0]}", file=sys.stderr)

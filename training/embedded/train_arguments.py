@@ -21,7 +21,7 @@ FINE_TUNING = """
     hf_checkpoint vocab_size prompt_data input_key label_key metadata_key apply_chat_template loss_mask_type
     rollout_function_path rollout_shuffle rollout_seed rollout_batch_size num_rollout num_epoch start_rollout_id
     n_samples_per_prompt over_sampling_batch_size dynamic_sampling_filter_path num_steps_per_rollout rm_type
-    rollout_temperature rollout_top_p rollout_top_k rollout_max_response_len rollout_max_prompt_len
+    rollout_temperature rollout_top_p rollout_top_k rollout_max_response_len
     rollout_stop_token_ids rollout_skip_special_tokens
     eval_interval eval_prompt_data eval_input_key eval_label_key n_samples_per_eval_prompt eval_temperature eval_top_p
     eval_top_k eval_max_response_len
@@ -34,6 +34,13 @@ FINE_TUNING = """
     use_tensorboard tb_project_name tb_experiment_name
     use_wandb wandb_mode wandb_project wandb_group wandb_dir wandb_team wandb_random_suffix
     wandb_always_use_train_step
+    """.split()
+
+POSITIVE = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
+    rollout_batch_size n_samples_per_prompt global_batch_size micro_batch_size num_steps_per_rollout
+    over_sampling_batch_size num_rollout num_epoch max_tokens_per_gpu rollout_max_response_len eval_max_response_len
+    n_samples_per_eval_prompt eval_interval
     """.split()
 
 INERT = {
@@ -50,6 +57,8 @@ INERT = {
     # slime's --tensorboard-dir is where its profiler writes; metrics go where --use-tensorboard says.
     "profiles CUDA": [*arguments.INERT["profiles CUDA"], "tensorboard_dir"],
 }
+
+ROLLOUT_0 = "one after rollout 0 is none that Megatron loads, as its tracker would name iteration 0"
 
 TRAIN = arguments.Program(
     name="slime",
@@ -82,6 +91,7 @@ def is_sft(args: argparse.Namespace) -> bool:
 def parse(argv: Sequence[str], tell: Callable[[str], None] = print) -> argparse.Namespace:
     """Parse a train.py command line. Raises TrainingError with one line per problem."""
     args, errors, inert = arguments.accept(TRAIN, argv)
+    errors += arguments.at_least_one(args, POSITIVE) + _check_sampling(args)
     if not errors:
         _set_defaults(args)
         errors += _check(args)
@@ -96,8 +106,8 @@ def _set_defaults(args: argparse.Namespace) -> None:
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
     arguments.set_model_defaults(args)
-    if args.num_steps_per_rollout is not None:
-        args.global_batch_size = samples_per_rollout(args) // args.num_steps_per_rollout
+    if args.num_steps_per_rollout is not None and args.global_batch_size is None:
+        args.global_batch_size = max(1, samples_per_rollout(args) // args.num_steps_per_rollout)
     if args.eps_clip_high is None:
         args.eps_clip_high = args.eps_clip
     if args.n_samples_per_prompt == 1:
@@ -122,7 +132,7 @@ def samples_per_rollout(args: argparse.Namespace) -> int:
 def set_length(args: argparse.Namespace, rollouts_per_epoch: int) -> int | None:
     """Set num_rollout and train_iters. Returns the rollouts of an epoch if the length is given in epochs, else None.
 
-    Raises arguments.TrainingError where the data is less than one rollout (create_rollout_manager,
+    Raises arguments.TrainingError where the data is less than a rollout, or than two (create_rollout_manager,
     slime/ray/placement_group.py, and get_optimizer_param_scheduler, slime/backends/megatron_utils/model.py).
     """
     epochs = args.num_epoch if args.num_rollout is None else None
@@ -132,6 +142,11 @@ def set_length(args: argparse.Namespace, rollouts_per_epoch: int) -> int | None:
             raise arguments.TrainingError(
                 f"error: --prompt-data: expected at least --rollout-batch-size {args.rollout_batch_size} samples, "
                 f"found fewer in {args.prompt_data}"
+            )
+        if rollouts_per_epoch == 1 and args.save is not None:
+            raise arguments.TrainingError(
+                f"error: --num-epoch: expected data of at least two rollouts, found one in {args.prompt_data}: an "
+                f"epoch ends with a checkpoint, and {ROLLOUT_0}"
             )
     args.train_iters = args.num_rollout * samples_per_rollout(args) // args.global_batch_size
     errors = arguments.check_warmup(args)
@@ -163,16 +178,22 @@ def choose_start(args: argparse.Namespace) -> None:
         )
 
 
+def _check_sampling(args: argparse.Namespace) -> list[str]:
+    errors = []
+    if args.rollout_temperature <= 0.0:  # the trainer divides logits by it
+        errors.append(f"error: --rollout-temperature: expected a positive number, found {args.rollout_temperature}")
+    if args.eval_temperature is not None and args.eval_temperature < 0.0:
+        errors.append(f"error: --eval-temperature: expected at least 0, found {args.eval_temperature}")
+    for flag, value in (("--rollout-top-p", args.rollout_top_p), ("--eval-top-p", args.eval_top_p)):
+        if value is not None and not 0.0 < value <= 1.0:
+            errors.append(f"error: {flag}: expected more than 0 and at most 1, found {value}")
+    return errors
+
+
 def _check(args: argparse.Namespace) -> list[str]:
-    errors = arguments.at_least_one(
-        args,
-        """num_layers hidden_size num_attention_heads rollout_batch_size n_samples_per_prompt global_batch_size
-        over_sampling_batch_size num_rollout num_epoch max_tokens_per_gpu rollout_max_response_len
-        eval_max_response_len n_samples_per_eval_prompt eval_interval""".split(),
-    )
-    if errors:
-        return errors
-    errors += arguments.check_model(args) + _check_batches(args) + _check_mode(args)
+    errors = arguments.check_model(args) + _check_batches(args) + _check_mode(args)
+    if args.save is not None and args.save_interval == 1:
+        errors.append(f"error: --save-interval: expected at least 2, found 1: {ROLLOUT_0}")
     if args.num_rollout is None and args.num_epoch is None:
         errors.append("error: --num-rollout: expected it or --num-epoch, found neither")
     if Path(args.prompt_data).suffix not in (".jsonl", ".parquet"):
@@ -194,6 +215,12 @@ def _check_batches(args: argparse.Namespace) -> list[str]:
             f"error: --global-batch-size: expected a divisor of the {samples_per_rollout(args)} samples of a rollout, "
             f"found {args.global_batch_size}"
         )
+    elif args.num_steps_per_rollout not in (None, samples_per_rollout(args) // args.global_batch_size):
+        errors.append(
+            f"error: --num-steps-per-rollout: expected {samples_per_rollout(args) // args.global_batch_size}, as "
+            f"--global-batch-size {args.global_batch_size} cuts the {samples_per_rollout(args)} samples of a rollout, "
+            f"found {args.num_steps_per_rollout}"
+        )
     if args.over_sampling_batch_size < args.rollout_batch_size:
         errors.append(
             f"error: --over-sampling-batch-size: expected at least --rollout-batch-size {args.rollout_batch_size}, "
@@ -201,14 +228,11 @@ def _check_batches(args: argparse.Namespace) -> list[str]:
         )
     if args.use_dynamic_batch_size and args.max_tokens_per_gpu is None:
         errors.append("error: --max-tokens-per-gpu: expected a value, since --use-dynamic-batch-size is given")
-    if not args.use_dynamic_batch_size:
-        if args.micro_batch_size is None:
-            errors.append("error: --micro-batch-size: expected a value, or --use-dynamic-batch-size")
-        elif args.global_batch_size and args.global_batch_size % args.micro_batch_size:
-            errors.append(
-                f"error: --micro-batch-size: expected a divisor of --global-batch-size {args.global_batch_size}, "
-                f"found {args.micro_batch_size}"
-            )
+    if not args.use_dynamic_batch_size and args.global_batch_size and args.global_batch_size % args.micro_batch_size:
+        errors.append(
+            f"error: --micro-batch-size: expected a divisor of --global-batch-size {args.global_batch_size}, "
+            f"found {args.micro_batch_size}"
+        )
     return errors
 
 

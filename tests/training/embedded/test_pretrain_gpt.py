@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,13 +79,15 @@ def kill_session(session: int) -> None:
             os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
-def scalars(out: Path) -> dict[str, dict[int, float]]:
-    """TensorBoard scalars by tag and step; a step that was logged twice must have been logged equal."""
+def scalars(out: Path, ignored: tuple[str, ...] = ("throughput", "tokens-per-second")) -> dict[str, dict[int, float]]:
+    """TensorBoard scalars by tag and step; a step that was logged twice must have been logged equal. ignored: how the
+    names of times begin.
+    """
     found: dict[str, dict[int, set[float]]] = {}
     for file in (out / "tensorboard").iterdir():
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
-        for tag in set(events.Tags()["scalars"]) - {"throughput", "tokens-per-second"}:
+        for tag in (tag for tag in events.Tags()["scalars"] if not tag.startswith(ignored)):
             for event in events.Scalars(tag):
                 found.setdefault(tag, {}).setdefault(event.step, set()).add(event.value)
     # As in Megatron, a run that ends at an --eval-interval evaluates twice there, on consecutive samples.
@@ -296,6 +299,23 @@ def test_it_starts_from_weights_of_another_run(fp8_run, tiny_data, tmp_path):
     assert found["learning-rate"][1] == pytest.approx(PEAK / WARMUP)
     held_out = scalars(fp8_run)["lm loss test"][ITERATIONS]
     assert found["lm loss test"][0] == held_out
+
+
+def test_a_blend_of_two_corpora(tiny_data, tmp_path):
+    """megatron-core's blend asks for a rank; its indices are cached, and a second run reads them."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny_data / f"text_text_document{suffix}", tmp_path / f"a second one{suffix}")
+    blend = ["--data-path", "0.5", tiny_data / "text_text_document", "0.5", tmp_path / "a second one"]
+    flags = ["--from-scratch", *SHORT, "--train-iters", 6, *blend, "--data-cache-path", tmp_path / "cache"]
+    ok(train(tiny_data, tmp_path / "one", *flags))
+    cached = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "cache").iterdir())
+    assert any("BlendedDataset" in name and name.endswith("dataset_index.npy") for name, _ in cached)
+    (train_index,) = (tmp_path / "cache").glob("*BlendedDataset-train-dataset_index.npy")
+    share = np.load(train_index).mean()
+    assert 0.4 < share < 0.6
+    ok(train(tiny_data, tmp_path / "two", *flags))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "cache").iterdir()) == cached
+    assert state(tmp_path / "two", 6) == state(tmp_path / "one", 6)
 
 
 def test_another_model_is_refused(fp8_run, tiny_data, tmp_path):
