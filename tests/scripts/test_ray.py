@@ -455,7 +455,7 @@ def test_a_named_port_that_is_in_use(place, name):
 @pytest.mark.parametrize(
     ("flags", "env", "parts"),
     [
-        (["--worker"], {}, ["--worker: expected HOST[:PORT]", "''"]),
+        (["--worker"], {}, ["--worker: expected a value", "''"]),
         (["--worker", "a;b:1"], {}, ["--worker: expected HOST[:PORT]", "'a;b:1'"]),
         (["--nonsense"], {}, ["--nonsense: unknown option"]),
         ([], {"NUM_GPUS": "all"}, ["NUM_GPUS: expected an integer >= 0", "'all'"]),
