@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.conftest import REPO, ok, run
@@ -75,6 +77,28 @@ def lines(words: list[str]) -> list[str]:
         else:
             result.append(word)
     return result
+
+
+def golden(commands: Iterable[tuple[str, list[str]]]) -> str:
+    """Named commands as a golden file: the first whole, the others as their differences from it."""
+    text, first = "", []
+    for name, words in commands:
+        now = lines(words)
+        text += f"## {name}\n"
+        diff = list(difflib.unified_diff(first, now, lineterm="", n=0))[2:]  # without the file names
+        text += "".join(f"{line}\n" for line in (diff if first else now) if not line.startswith("@@")) + "\n"
+        first = first or now
+    return text
+
+
+def check_golden(file: str, found: str) -> None:
+    """Compare with a golden file. After a wanted change: UPDATE_GOLDEN=1 bash scripts/test.sh -k golden, and review the
+    diff.
+    """
+    path = GOLDEN / file
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.write_text(found)
+    assert found == path.read_text()
 
 
 # ---------------------------------------------------------------- against the original

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,11 @@ from tests.conftest import REPO
 from tests.scripts.launch import (
     GOLDEN,
     SCRIPTS,
+    check_golden,
     command,
     difference_table,
     found_differences,
+    golden,
     lines,
     named_differences,
     original_command,
@@ -46,33 +46,19 @@ def states(script: str, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
         yield "resumed", out, []
 
 
-def document(script: str, engine: str, folder: Path) -> str:
-    """The first command whole, the others as their differences from it."""
-    text, first = "", []
+def named_commands(script: str, engine: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(name, words) of every state and precision."""
     for name, out, flags in states(script, folder):
         for precision, scales in (("fp8", "pow2"), ("fp8", "fp32"), ("bf16", "pow2")):
             env = {"PRECISION": precision, "FP8_SCALE_FORMAT": scales}
-            now = lines(command(script, *flags, "--engine", engine, out=out, **env))
-            text += f"## {name}, {precision}, {scales}\n" if precision == "fp8" else f"## {name}, {precision}\n"
-            if first:
-                diff = list(difflib.unified_diff(first, now, lineterm="", n=0))[2:]  # without the file names
-                text += "".join(f"{line}\n" for line in diff if not line.startswith("@@"))
-            else:
-                first = now
-                text += "".join(f"{line}\n" for line in now)
-            text += "\n"
-    return text
+            title = f"{name}, {precision}, {scales}" if precision == "fp8" else f"{name}, {precision}"
+            yield title, command(script, *flags, "--engine", engine, out=out, **env)
 
 
 @pytest.mark.parametrize("engine", ["megatron", "embedded"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_golden_command(script, engine, tmp_path):
-    """After a wanted change: UPDATE_GOLDEN=1 bash scripts/test.sh -k golden, and review the diff."""
-    found = document(script, engine, tmp_path)
-    path = GOLDEN / f"{script}.{engine}.txt"
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        path.write_text(found)
-    assert found == path.read_text()
+    check_golden(f"{script}.{engine}.txt", golden(named_commands(script, engine, tmp_path)))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

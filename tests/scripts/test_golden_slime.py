@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,11 @@ from tests.conftest import REPO
 from tests.scripts.launch import (
     FINE_TUNING,
     GOLDEN,
+    check_golden,
     command,
     difference_table,
     found_differences,
+    golden,
     lines,
     named_differences,
     original_command,
@@ -52,34 +52,18 @@ def variants(script: str) -> Iterator[tuple[str, list[str], dict[str, str]]]:
         yield "a KL term, no evaluation", [], {"KL_LOSS_COEF": "0.001", "EVAL_DATA": ""}
 
 
-def document(script: str, engine: str, folder: Path) -> str:
-    """The first command whole, the others as their differences from it."""
-    text, first = "", []
+def named_commands(script: str, engine: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(name, words) of every variant of a fresh run, and of the recipe as it is resumed."""
     for state, out in states(folder):
         for name, flags, env in variants(script):
-            if state == "resumed" and name != "fp8":
-                continue
-            now = lines(command(script, *flags, "--engine", engine, out=out, **env))
-            text += f"## {state}, {name}\n"
-            if first:
-                diff = list(difflib.unified_diff(first, now, lineterm="", n=0))[2:]  # without the file names
-                text += "".join(f"{line}\n" for line in diff if not line.startswith("@@"))
-            else:
-                first = now
-                text += "".join(f"{line}\n" for line in now)
-            text += "\n"
-    return text
+            if state == "fresh" or name == "fp8":
+                yield f"{state}, {name}", command(script, *flags, "--engine", engine, out=out, **env)
 
 
 @pytest.mark.parametrize("engine", ["megatron", "embedded"])
 @pytest.mark.parametrize("script", FINE_TUNING)
 def test_golden_command(script, engine, tmp_path):
-    """After a wanted change: UPDATE_GOLDEN=1 bash scripts/test.sh -k golden, and review the diff."""
-    found = document(script, engine, tmp_path)
-    path = GOLDEN / f"{script}.{engine}.txt"
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        path.write_text(found)
-    assert found == path.read_text()
+    check_golden(f"{script}.{engine}.txt", golden(named_commands(script, engine, tmp_path)))
 
 
 @pytest.mark.parametrize("script", FINE_TUNING)
