@@ -65,7 +65,8 @@ stage_arithmetic() {
 result_tokenizer() { echo "${OUT}/tokenizer"; }
 stage_tokenizer() {
   run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/tokenizer.py" \
-    --input "${OUT}/corpus.jsonl" --output-dir "${OUT}/tokenizer" -- "${MODEL_ARGS[@]}" --attention-dropout 0.0
+    --input "${OUT}/corpus.jsonl" "${OUT}/arithmetic/sft_stage1.jsonl" --output-dir "${OUT}/tokenizer" \
+    -- "${MODEL_ARGS[@]}" --attention-dropout 0.0
 }
 
 result_data() { echo "${OUT}/data/sums_text_document.idx"; }

@@ -19,5 +19,5 @@ ensure_venv requirements-dev.txt
 cd "${REPO}"
 export PATH="${VENV}/bin:${PATH}"
 ruff check .
-find scripts .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
+find scripts eval tests .ci -name '*.sh' -print0 | xargs -0 shellcheck -x
 exec python -m pytest "$@"

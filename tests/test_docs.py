@@ -150,6 +150,41 @@ def benchmark(line: str, folder: Path) -> None:
     ok(run(sys.executable, REPO / words[1], "--help", cwd=folder))
 
 
+def evaluate(line: str, folder: Path) -> None:
+    """A job's script as a dry run, with a model of the 7B's sizes; tests/eval runs them for real, in Slurm too."""
+    model = re.search(r"MODEL_PATH=(\S+)", line)[1]
+    (folder / model).mkdir(parents=True)
+    config = {
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "hidden_size": 3584,
+    }
+    (folder / model / "config.json").write_text(json.dumps(config))
+    dry = re.sub(r"sbatch( --\S+)* eval/", "bash eval/", line).replace("bash eval/", f"bash {REPO}/eval/")
+    dry = dry if "--dry-run" in dry else f"{dry} --dry-run"
+    env = {"OUT_DIR": str(folder / "out"), "SERVER": "sglang"}
+    result = ok(run("bash", "-c", dry, env=env, cwd=folder))
+    assert "sglang.launch_server" in result.stdout and "evalscope" in result.stdout and not (folder / "out").exists()
+
+
+def summarize(line: str, folder: Path) -> None:
+    """Run for real, on two samples of one question."""
+    for number, path in enumerate(re.findall(r"(?<= )exp/eval/InfiR2\S+", line)):
+        if (folder / path).exists():
+            continue
+        reviews = folder / path / "aime24" / "evalscope" / "reviews" / "m" / "aime24_default.jsonl"
+        reviews.parent.mkdir(parents=True)
+        settings = {"benchmark": "aime24", "model": f"m{number}", "samples": "2", "questions": "1"}
+        (folder / path / "aime24" / "run.json").write_text(json.dumps(settings))
+        for sample in range(2):
+            scored = {"score": {"value": {"acc": 1.0}}, "sample_id": sample, "group_id": 0, "generation_index": sample}
+            with reviews.open("a") as file:
+                file.write(json.dumps({"index": sample, "sample_score": scored}) + "\n")
+    ok(run(sys.executable, REPO / "eval" / "summarize.py", *line.split()[2:], cwd=folder))
+    assert (folder / line.split("--output ")[1] / "summary.md").exists()
+
+
 def export(line: str, folder: Path) -> None:
     """A variable that the scripts read."""
     name = line.split()[1].split("=")[0]
@@ -171,6 +206,8 @@ RUNNERS = {
     r"\.venv/bin/python benchmarks/fp8_gap\.py --data exp/quickstart ": lambda line, folder: None,  # below, with data
     r"pip install ": packages,
     r"\.venv/bin/python benchmarks/(checkpoint_tools|fp8_rollout)\.py ": benchmark,
+    r"(\w+=\S+ )+(bash|sbatch)( --\S+)* eval/\w+_eval\.sh": evaluate,
+    r"\.venv/bin/python eval/summarize\.py ": summarize,
     r"export ": export,
 }
 

@@ -44,6 +44,8 @@ slime_read() {
   for flag in --load --save --ref-load --ref-ckpt-step --start-rollout-id --ckpt-step --finetune --no-load-optim; do
     ! passed "$flag" || die "$flag: the launcher decides how a run starts; use REF_LOAD and OUT_DIR"
   done
+  [[ $ENGINE == embedded ]] || ! passed --use-tensorboard ||
+    die "--use-tensorboard: the pinned slime stops at its first metric with it (slime/utils/tensorboard_utils.py:33); use WANDB_PROJECT"
   SAVE_DIR=$OUT_DIR/checkpoints
   override DATA_DIR --prompt-data
   override HF_CHECKPOINT --hf-checkpoint
@@ -131,8 +133,11 @@ slime_arrays() {
   # fp8: E4M3, 1x128 activation tiles, 128x128 weight blocks; weights are gathered in FP8. bf16 drops exactly this.
   PRECISE_ARGS=(--transformer-impl transformer_engine --bf16)
   [[ $PRECISION != fp8 ]] || PRECISE_ARGS+=(--fp8-format e4m3 --fp8-recipe blockwise --fp8-param-gather)
-  # --use-tensorboard writes to TENSORBOARD_DIR; slime's --tensorboard-dir is its profiler's.
-  WANDB_ARGS=(--use-tensorboard --tb-project-name "${WANDB_PROJECT:-$RUN_NAME}" --tb-experiment-name "$RUN_NAME")
+  # TensorBoard only on the embedded engine: the pinned slime stops at its first metric with --use-tensorboard
+  # [slime/utils/tensorboard_utils.py:33], and its --tensorboard-dir is its profiler's.
+  WANDB_ARGS=()
+  [[ $ENGINE != embedded ]] ||
+    WANDB_ARGS+=(--use-tensorboard --tb-project-name "${WANDB_PROJECT:-$RUN_NAME}" --tb-experiment-name "$RUN_NAME")
   [[ -z $WANDB_PROJECT ]] || WANDB_ARGS+=(
     --use-wandb --wandb-mode "${WANDB_MODE:-offline}" --wandb-project "$WANDB_PROJECT" --wandb-group "$RUN_NAME"
     --wandb-dir "$OUT_DIR/logs"
@@ -154,12 +159,12 @@ to_json() { "$PYTHON" -c 'import json, sys; print(json.dumps(dict(word.split("="
 slime_command() {
   local name scales=0 program=$REPO/training/slime/train.py python=python3
   [[ $FP8_SCALE_FORMAT == pow2 ]] || scales=1
-  JOB_ENV=("TENSORBOARD_DIR=$OUT_DIR/tensorboard" PYTHONUNBUFFERED=1)
+  JOB_ENV=(PYTHONUNBUFFERED=1)
   [[ $PRECISION != fp8 ]] || JOB_ENV+=("NVTE_FP8_BLOCK_SCALING_FP32_SCALES=$scales")
   if [[ $ENGINE == embedded ]]; then
     program=$REPO/training/embedded/train.py python=$PYTHON
     # Ray would give every process one thread.
-    JOB_ENV+=("PYTHONPATH=$REPO" "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}")
+    JOB_ENV+=("TENSORBOARD_DIR=$OUT_DIR/tensorboard" "PYTHONPATH=$REPO" "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}")
   else
     JOB_ENV+=(
       "PYTHONPATH=$REPO/training/Megatron-LM:$REPO/training/slime${PYTHONPATH:+:$PYTHONPATH}"
@@ -167,6 +172,8 @@ slime_command() {
       TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 NVTE_ALLOW_NONDETERMINISTIC_ALGO=1 NVTE_DEBUG=0
     )
   fi
+  # W&B's copy of the output and Ray's printing of it wait for each other at the end of a run, for ever.
+  [[ -z $WANDB_PROJECT ]] || JOB_ENV+=(WANDB_CONSOLE=off)
   for name in MASTER_ADDR NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME http_proxy https_proxy no_proxy WANDB_API_KEY; do
     [[ -z ${!name-} ]] || JOB_ENV+=("$name=${!name}")
   done

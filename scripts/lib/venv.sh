@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The project's Python environment, .venv in the repository root. Sourced after REPO is set.
+# The project's Python environment, .venv in the repository root (VENV_NAME: another one). Sourced after REPO is set.
 
-readonly VENV="${REPO}/.venv"
+readonly VENV="${REPO}/${VENV_NAME:=.venv}"
 
 # require_python PROGRAM: a Python that the pins resolve on, with venv.
 require_python() {
@@ -18,7 +18,7 @@ require_python() {
 
 # stamp_venv REQUIREMENTS_FILE: the path of its stamp, and the checksum that the stamp of a complete installation holds.
 stamp_venv() {
-  STAMP="${VENV}/.$1.installed"
+  STAMP="${VENV}/.${1//\//_}.installed"
   CHECKSUM="$(cd "${REPO}" && cat requirements.txt "$1" | cksum)"
 }
 
@@ -40,9 +40,10 @@ ensure_venv() {
     torch="$(grep '^torch==' "${REPO}/requirements.txt")"
     "${pip[@]}" --index-url "${TORCH_INDEX_URL}" "${torch%% *}"
   fi
-  echo "installing $(basename "${requirements}") into .venv; the first time takes minutes"
+  echo "installing $(basename "${requirements}") into ${VENV_NAME}; the first time takes minutes"
   "${pip[@]}" -r "${REPO}/${requirements}"
-  for requirements in requirements.txt "${requirements}"; do
+  [[ ${requirements} == */* ]] || set -- requirements.txt "$1"  # requirements-dev.txt includes it
+  for requirements; do
     stamp_venv "${requirements}"
     echo "${CHECKSUM}" >"${STAMP}"
   done

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO, ok, run
-from tests.scripts.launch import FINE_TUNING, dry_run, recipe, tracker
+from tests.scripts.launch import FINE_TUNING, command, dry_run, recipe, tracker
 from tools.checkpoint import torch_dist
 
 SFT, RL = "InfiR2_SFT_FP8_tiny_stage1", "InfiR2_RL_FP8_tiny_stage1"
@@ -80,6 +80,15 @@ def test_dry_run_writes_nothing_and_can_be_pasted(script, engine, tmp_path):
 @pytest.mark.parametrize("flag", ["--load", "--save", "--ref-load", "--start-rollout-id", "--finetune"])
 def test_how_a_run_starts_is_the_launchers(flag, tmp_path):
     refused(dry_run(SFT, flag, "x", out=tmp_path / "out"), f"{flag}: the launcher decides how a run starts")
+
+
+def test_tensorboard_is_for_the_embedded_engine(tmp_path):
+    """Run for real, the pinned slime stops at its first metric: its adapter uses an instance that it never makes."""
+    out = tmp_path / "out"
+    assert "--use-tensorboard" in command(SFT, out=out)
+    assert "--use-tensorboard" not in command(SFT, "--engine", "megatron", out=out)
+    result = dry_run(SFT, "--engine", "megatron", "--use-tensorboard", out=out)
+    refused(result, "--use-tensorboard: the pinned slime stops at its first metric with it")
 
 
 @pytest.mark.parametrize(

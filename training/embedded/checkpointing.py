@@ -112,7 +112,8 @@ def load(
             )
     if source is None or (torch_dist.read_tracker(Path(source)) is None and not args.ckpt_step):
         if args.exit_on_missing_checkpoint:
-            raise TrainingError(f"--load: expected a checkpoint, found none in {source}")
+            flag = "--ref-load" if source and source == getattr(args, "ref_load", None) else "--load"
+            raise TrainingError(f"{flag}: expected a checkpoint, found none in {source}")
         return Progress(), f"random weights (seed {args.seed})"
 
     location = torch_dist.resolve(Path(source), args.ckpt_step)

@@ -165,6 +165,7 @@ def choose_start(args: argparse.Namespace) -> None:
     if tracker is None:
         args.load, args.ckpt_step, args.finetune = args.ref_load, args.ref_ckpt_step, True
         args.start_rollout_id = 0
+        args.exit_on_missing_checkpoint = True  # slime would start from random weights and not say so
         return
     if not isinstance(tracker, int):
         raise arguments.TrainingError(

@@ -397,6 +397,12 @@ def test_the_temperature_of_the_rollout_is_the_trainers(folder):
     assert metrics["rollout/log_probs"] == pytest.approx(metrics["rollout/rollout_log_probs"], abs=0.01)
 
 
+def test_a_first_run_needs_weights_to_start_from(folder, tmp_path):
+    with pytest.raises(TrainingError) as error:
+        learner_of(folder, "--load", tmp_path, "--ref-load", tmp_path / "none")
+    assert str(error.value) == f"--ref-load: expected a checkpoint, found none in {tmp_path}/none"
+
+
 # ---------------------------------------------------------------- the reference policy
 
 KL = ["--use-kl-loss", "--kl-loss-coef", 0.1, "--kl-loss-type", "low_var_kl"]

@@ -3,9 +3,9 @@
 
     python training/embedded/quickstart/arithmetic.py --output-dir arithmetic --seed 1
 
-    pretrain.jsonl      {"text"}: sums as plain text, for continual pre-training beside the corpus
-    sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 to 3 digits
-    sft_stage2.jsonl    the same with 2 and 3 digits, and a share of wrong answers after right steps
+    pretrain.jsonl      {"text"}: worked sums as plain text, for continual pre-training beside the corpus
+    sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 and 2 digits
+    sft_stage2.jsonl    the same with 2 digits, and a share of wrong answers after right steps
     rl.jsonl            {"prompt", "label"}: every question once
     validation.jsonl    {"prompt", "label"}: what RL evaluates on as it runs
     held_out.jsonl      {"prompt", "label"}: what the report measures
@@ -111,7 +111,7 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
         return [next(source) for _ in range(count)]
 
     def problems(name: str, split: str, count: int) -> list[Row]:
-        return [problem(a, b) for a, b in unique(pairs(rng[name], (2, 2, 3), split), count)]
+        return [problem(a, b) for a, b in unique(pairs(rng[name], (2,), split), count)]
 
     def stage2(a: int, b: int) -> Row:
         chance = rng["stage2"]
@@ -119,11 +119,10 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
 
     return {
         "pretrain": [
-            {"text": f"{a} + {b} = {a + b}, because {steps(a, b)}."}
-            for a, b in take("pretrain", (1, 2, 2, 3), options.pretrain)
+            {"text": f"{a}+{b}: {steps(a, b)}, so {a + b}."} for a, b in take("pretrain", (1, 2, 2), options.pretrain)
         ],
-        "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2, 3), options.stage1)],
-        "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2, 2, 3), options.stage2)],
+        "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2), options.stage1)],
+        "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2,), options.stage2)],
         "rl": problems("rl", "train", options.rl),
         "validation": problems("validation", "validation", options.validation),
         "held_out": problems("held_out", "held_out", options.held_out),
@@ -135,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 3200, "rl": 4000, "validation": 64, "held-out": 200}
+    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 1600, "rl": 3200, "validation": 64, "held-out": 200}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
     parser.add_argument(

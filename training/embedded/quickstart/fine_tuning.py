@@ -72,7 +72,7 @@ def section(folder: Path, image: str) -> str:
     ]
     return f"""# Fine-tuning in miniature
 
-The task is addition of two numbers with up to three digits, worked out column by column, with a boxed answer. Training,
+The task is addition of two numbers of two digits, worked out column by column, with a boxed answer. Training,
 validation and held-out questions are split by a hash of the two numbers: no pair is in two of them, in either order.
 In the data of SFT stage 2 **half of the answers are wrong on purpose**, after right steps: a model that has learned
 from it answers right only part of the time when it samples, which is what RL with verifiable rewards can repair.

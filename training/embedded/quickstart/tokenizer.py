@@ -40,11 +40,16 @@ CHAT = (
 )
 
 
-def texts(path: Path) -> Iterator[str]:
-    """The documents of a .jsonl file."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
+def texts(paths: list[Path]) -> Iterator[str]:
+    """The documents of .jsonl files, and what is said in conversations."""
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                if "text" in row:
+                    yield row["text"]
+                else:
+                    yield from (message["content"] for message in row["messages"])
 
 
 def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -77,7 +82,7 @@ def train(documents: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def main() -> None:
     """Write the directory whole, or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help='text, one {"text": ...} a line')
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help='{"text"} or {"messages"} a line')
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("model_args", nargs="+", metavar="MODEL_ARGS", help="Megatron's model flags, after --")

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=livecodebenchv5
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:1
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# LiveCodeBench v5: problems of the contests from August 2024 to January 2025.
+# sbatch eval/livecodebenchv5_eval.sh, or bash eval/livecodebenchv5_eval.sh on one machine; --help says what can be set.
+set -euo pipefail
+
+# shellcheck disable=SC2034  # for run.sh
+BENCHMARK=livecodebenchv5
+: "${MAX_NEW_TOKENS:=27000}" "${GENERATED_NUM:=8}" "${EVAL_BATCH:=8}" "${PROMPT_TOKENS:=4096}"
+: "${START_DATE:=2024-08-01}" "${END_DATE:=2025-02-01}"
+
+# Slurm runs a copy of this file: the repository is where the original lies.
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -f $HERE/run.sh ]] ||
+  HERE=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s|^ *Command=\(/.*\)/livecodebenchv5_eval.sh.*|\1|p")
+# shellcheck source=eval/run.sh
+source "$HERE/run.sh"
