@@ -130,6 +130,7 @@ finish() {
   local status=$?
   trap - EXIT
   trap '' HUP INT TERM
+  kill "${SLEEPER-}" 2>/dev/null || true
   stop_session "${CLIENT-}"
   stop_server
   last_lines
@@ -145,7 +146,8 @@ wait_for_client() {
       die "the server died while evalscope ran: $(last_line "$SERVER_LOG"); see $SERVER_LOG"
     fi
     sleep 1 &
-    wait $! || true
+    SLEEPER=$!
+    wait "$SLEEPER" || true
   done
   wait "$CLIENT" || CLIENT_STATUS=$?
   CLIENT=''
