@@ -181,12 +181,8 @@ def problem_of_aime(row: dict[str, Any]) -> str | None:
 
 
 def problem_of_gpqa(row: dict[str, Any]) -> str | None:
-    answers = [
-        str(row[key] or "").strip() for key in row if "Answer" in key and key.split()[0] in ("Correct", "Incorrect")
-    ]
-    if "" in answers[:4] or len({*answers[:4]}) < 4:
-        return f"answers: expected four different ones, found {answers[:4]}"
-    return None
+    answers = [str(row[key]).strip() for key in ("Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3)))]
+    return None if all(answers) and len({*answers}) == 4 else f"answers: expected four different ones, found {answers}"
 
 
 def problem_of_code(row: dict[str, Any]) -> str | None:

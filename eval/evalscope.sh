@@ -61,9 +61,6 @@ evalscope_command() {
   fi
 }
 
-# error_of LOG: the line of evalscope's output that says what went wrong.
-error_of() { grep -aE '^[A-Za-z_.]*(Error|Exception|Interrupt)\b' "$1" | tail -n 1 | cut -c 1-300 || true; }
-
 # grade: the programs that the model wrote, only with permission and isolated.
 grade() {
   if [[ $ALLOW_CODE_EXECUTION != 1 ]]; then

@@ -28,7 +28,7 @@ inside() {
   local point options kind
   mount --make-rprivate /
   mount --bind "$1" "$1"
-  mount --bind "$1/work" "$2"
+  mount --bind "$1/copy" "$2"
   # Flags that the outer mount has cannot be dropped, so each is named again.
   while read -r _ _ _ _ point options kind; do
     point=$(printf '%b' "$point")
@@ -65,12 +65,12 @@ if [[ $ISOLATION == auto ]]; then
   if has_image; then ISOLATION=docker; else ISOLATION=namespaces; fi
 fi
 
-WHERE=$(mktemp -d /tmp/infir2-grade.XXXXXX)
+WHERE=$(TMPDIR=/tmp mktemp -d)  # a short path: sockets of the grader lie in it
 trap 'rm -rf "$WHERE"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 mkdir "$WHERE/tmp"
-cp -r "$DIRECTORY" "$WHERE/work"
+cp -r "$DIRECTORY" "$WHERE/copy"
 AS_NOBODY=()
 if ((UID == 0)); then
   # Root in a user namespace would be root for the files outside.
@@ -79,6 +79,10 @@ if ((UID == 0)); then
   AS_NOBODY=(setpriv --reuid 65534 --regid 65534 --clear-groups)
   "${AS_NOBODY[@]}" test -x "$DIRECTORY" ||
     die "$DIRECTORY: root grades as the user nobody, who cannot get there; use another OUT_DIR, or another user"
+  for word; do
+    [[ $word != */bin/python* ]] || "${AS_NOBODY[@]}" "$word" -c '' 2>/dev/null ||
+      die "$word: root grades as the user nobody, who cannot run it; grade as another user"
+  done
 fi
 
 if [[ $ISOLATION == docker ]]; then
@@ -89,7 +93,7 @@ if [[ $ISOLATION == docker ]]; then
     docker run --rm --network none --read-only --user "$(((UID == 0) ? 65534 : UID))" --cap-drop ALL
     --security-opt no-new-privileges --pids-limit "$GRADE_PROCESSES" --memory "${GRADE_MEMORY_MB}m" --cpus "$(nproc)"
     --tmpfs /tmp:size=1g -e HOME=/tmp -e HF_HOME=/tmp/hf -e MODELSCOPE_CACHE=/tmp/ms -e HF_HUB_OFFLINE=1
-    -v "$REPO:$REPO:ro" ${DATASET_LOCAL:+-v "$DATASET_LOCAL:$DATASET_LOCAL:ro"} -v "$WHERE/work:$DIRECTORY" -w /tmp
+    -v "$REPO:$REPO:ro" ${DATASET_LOCAL:+-v "$DATASET_LOCAL:$DATASET_LOCAL:ro"} -v "$WHERE/copy:$DIRECTORY" -w /tmp
     "$GRADER_IMAGE" "${WORDS[@]}"
   )
 else
@@ -103,17 +107,19 @@ else
   )
 fi
 STATUS=0
-timeout --kill-after=10 "$GRADE_TIMEOUT" "${RUN[@]}" &
+timeout --kill-after=2 "$GRADE_TIMEOUT" "${RUN[@]}" &
 wait $! || STATUS=$?
-((STATUS != 124)) || die "GRADE_TIMEOUT: grading took more than $GRADE_TIMEOUT s"
+# 137: unshare does not end at SIGTERM, and was killed.
+((STATUS != 124 && STATUS != 137 || SECONDS < GRADE_TIMEOUT)) ||
+  die "GRADE_TIMEOUT: grading took more than $GRADE_TIMEOUT s"
 ((STATUS == 0)) || exit "$STATUS"
 
 # Links and the like may point anywhere.
-find "$WHERE/work" ! -type f ! -type d -delete
-for name in "$WHERE"/work/*/; do
+find "$WHERE/copy" ! -type f ! -type d -delete
+for name in "$WHERE"/copy/*/; do
   name=$(basename "$name")
   rm -rf "${DIRECTORY:?}/.$name.new"
-  cp -r "$WHERE/work/$name" "$DIRECTORY/.$name.new"
+  cp -r "$WHERE/copy/$name" "$DIRECTORY/.$name.new"
   rm -rf "${DIRECTORY:?}/$name"
   mv "$DIRECTORY/.$name.new" "$DIRECTORY/$name"
 done

@@ -117,14 +117,6 @@ on_signal() {
   exit "$1"
 }
 
-# last_lines: waits until all output has been shown; not for ever, as something may hold the pipe.
-last_lines() {
-  for _ in {1..50}; do
-    [[ -n ${TEE-} ]] && kill -0 "$TEE" 2>/dev/null || return 0
-    sleep 0.1
-  done
-}
-
 # finish: nothing of this run is left, however it ended.
 finish() {
   local status=$?
@@ -133,7 +125,7 @@ finish() {
   kill "${SLEEPER-}" 2>/dev/null || true
   stop_session "${CLIENT-}"
   stop_server
-  last_lines
+  [[ -z ${TEE-} ]] || last_lines "$TEE"
   exit "$status"
 }
 
@@ -143,7 +135,7 @@ wait_for_client() {
   while kill -0 "$CLIENT" 2>/dev/null; do
     if [[ -n $SERVER_PID ]] && ! kill -0 "$SERVER_PID" 2>/dev/null; then
       stop_session "$CLIENT"
-      die "the server died while evalscope ran: $(last_line "$SERVER_LOG"); see $SERVER_LOG"
+      die "the server died while evalscope ran: $(error_line <"$SERVER_LOG"); see $SERVER_LOG"
     fi
     sleep 1 &
     SLEEPER=$!
@@ -162,8 +154,8 @@ client() {
   CLIENT=$!
   exec {log_fd}>&-
   wait_for_client
-  last_lines
-  ((CLIENT_STATUS == 0)) || die "evalscope failed with status $CLIENT_STATUS: $(error_of "$1"); see $1, then run the same command again to continue"
+  last_lines "$TEE"
+  ((CLIENT_STATUS == 0)) || die "evalscope failed with status $CLIENT_STATUS: $(error_line <"$1"); see $1, then run the same command again to continue"
 }
 
 main() {

@@ -1,20 +1,14 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154
 # The server of one evaluation: started in a session of its own, asked until it answers with the right model, and stopped.
 
-# last_line FILE: what a program that died said last.
-last_line() { grep -v '^[[:space:]]*$' "$1" 2>/dev/null | tail -n 1 | tr -d '\r' | cut -c 1-300 || true; }
-
-# in_use PORT: does anything listen there?
-in_use() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
 # choose_port: from the job, so that two on one node differ; the next free one.
 choose_port() {
   if [[ -n $API_PORT ]]; then
-    ((DRY_RUN)) || ! in_use "$API_PORT" || die "API_PORT: $API_PORT is in use"
+    ((DRY_RUN)) || [[ -z $(listener "$API_PORT") ]] || die "API_PORT: $API_PORT is in use"
     return
   fi
   API_PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 12000))
-  ((DRY_RUN)) || while in_use "$API_PORT"; do API_PORT=$((API_PORT + 1)); done
+  ((DRY_RUN)) || while [[ -n $(listener "$API_PORT") ]]; do API_PORT=$((API_PORT + 1)); done
 }
 
 # server_command: SERVER_COMMAND (empty where one is running already), URL, MODEL_NAME as the server knows it.

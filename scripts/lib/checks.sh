@@ -77,3 +77,12 @@ check_flags() {
   [[ ! -f $2/config.json ]] || options+=(--hf-config "$2")
   "$PYTHON" "$REPO/training/contract/check.py" "${options[@]}" -- "${@:3}" >&2
 }
+
+# listener PORT: the user id of the process that listens on PORT of this machine, or nothing.
+listener() {
+  local port on state user
+  printf -v port ':%04X' "$1"
+  while read -r _ on _ state _ _ _ user _; do
+    if [[ $on == *"$port" && $state == 0A ]]; then printf '%s\n' "$user" && return; fi
+  done < <(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
+}

@@ -55,6 +55,21 @@ stop_child() {
   kill -TERM "${targets[@]:-$CHILD}" 2>/dev/null || true
 }
 
+# error_line: of the output of a program, the line that says what went wrong.
+error_line() {
+  local text
+  text=$(grep . || true)
+  grep -E '^[A-Za-z_.]*(Error|Exception): ' <<<"$text" | tail -n 1 | cut -c 1-300 || tail -n 1 <<<"$text"
+}
+
+# last_lines PID: until tee has shown all; not for ever, as a daemon that was left may hold the pipe.
+last_lines() {
+  for _ in {1..50}; do
+    kill -0 "$1" 2>/dev/null || break
+    sleep 0.1
+  done
+}
+
 # run_child LOG: runs COMMAND, shows and logs its output; sets STATUS, and STOPPED to 128 + signal if told to stop.
 # On a terminal the embedded engine draws a progress bar (PROGRESS_FD) in place of its log lines.
 run_child() {
@@ -81,10 +96,7 @@ run_child() {
     wait "$CHILD" || STATUS=$?
     ((INTERRUPTED)) || break
   done
-  for _ in {1..50}; do  # the last lines; not for ever, as a daemon the trainer left may hold the pipe
-    kill -0 "$tee_pid" 2>/dev/null || break
-    sleep 0.1
-  done
+  last_lines "$tee_pid"
 }
 
 # judge_run LOG: success is status 0 and the tracker at its target. All else says what to do and exits with 75

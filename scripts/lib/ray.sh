@@ -16,15 +16,6 @@ find_ray() {
     { missing "ray: not found beside $python or on PATH; run: $PYTHON -m pip install -r requirements.txt" && RAY=ray; }
 }
 
-# listener PORT: the user id of the process that listens on PORT of this machine, or nothing.
-listener() {
-  local port on state user
-  printf -v port ':%04X' "$1"
-  while read -r _ on _ state _ _ _ user _; do
-    if [[ $on == *"$port" && $state == 0A ]]; then printf '%s\n' "$user" && return; fi
-  done < <(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
-}
-
 # ray_address: the job server: RAY_ADDRESS, the head of RAY_TEMP_DIR, or Ray's default, if no one else has it.
 ray_address() {
   local address=${RAY_ADDRESS-} user
@@ -96,13 +87,6 @@ jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("infir2_ou
 jobs = [job for job in jobs if job.submission_id and job.status.value in ("PENDING", "RUNNING")]
 print(max(jobs, key=lambda job: job.start_time).submission_id if jobs else "")'
   { said=$(job_api "$1" 60 "$code" "$2" 2>&1 >&3); } 3>&1 || die "Ray at $1: $(error_line <<<"$said")"
-}
-
-# error_line: of the output of a Ray program, the line that says what went wrong.
-error_line() {
-  local text
-  text=$(grep . || true)
-  grep -E '^[A-Za-z_.]*(Error|Exception): ' <<<"$text" | tail -n 1 | cut -c 1-300 || tail -n 1 <<<"$text"
 }
 
 # catch_signals [ADDRESS ID]: from here on Ctrl-C and the like stop this job, or are kept for when there is one.

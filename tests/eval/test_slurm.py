@@ -49,7 +49,7 @@ def nothing_left(one: Evaluation) -> None:
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_a_job_completes(cluster, own, local_data, benchmark):  # noqa: F811
-    """With code executed for LiveCodeBench, isolated."""
+    """LiveCodeBench generates and does not grade."""
     one = Evaluation(benchmark, own.out, own.env | {"DATASET_LOCAL": local_data / benchmark})
     job = cluster.end(submit(cluster, one, ALLOW_CODE_EXECUTION=0))
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log(one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import stats
+from tests.conftest import REPO
 
 SIMULATIONS = 1000
 FEW = 1000  # resamples, for speed
@@ -96,6 +98,13 @@ def test_equal_runs_differ_by_nothing():
 def test_more_everywhere_is_a_difference():
     """No interval, as all differences are equal, and yet not noise."""
     assert not stats.paired_difference(np.array([0.1, 0.2]), np.array([0.3, 0.4])).inside_noise
+
+
+def test_the_documentation_says_how_many():
+    table = (REPO / "docs" / "EVAL.md").read_text().partition("per-question differences | questions |")[2]
+    rows = re.findall(r"^\| ([\d.]+) \| (\d+) \|$", table, re.MULTILINE)
+    assert len(rows) == 3
+    assert all(stats.questions_needed(0.01, float(spread)) == int(count) for spread, count in rows)
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.35])

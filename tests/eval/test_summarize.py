@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval import summarize
+from eval.paper import PAPER
 from eval.reviews import RunError, read
 from tests.conftest import REPO
 
@@ -139,6 +140,13 @@ def test_the_paper_beside_ours(tmp_path):
     assert "| InfiR2-1.5B-Instruct-FP8 (1.5B, paper) | 18.45 | 17.39 | 29.48 | 17.10 |" in text
     assert "| tiny (measured) |  | 75.00 ± 49.00 |  |  |" in text
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_has_the_papers_numbers():
+    text = (REPO / "README.md").read_text()
+    for rows in PAPER.values():
+        for name, values in rows.items():
+            assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values.values())} |" in text
 
 
 def test_two_runs_question_by_question(tmp_path):
