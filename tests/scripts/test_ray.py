@@ -33,8 +33,7 @@ DEAD_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy
 # What a recipe does with scripts/lib/ray.sh, no more.
 LAUNCHER = """
 set -euo pipefail
-source "$REPO/scripts/lib/cli.sh"
-source "$REPO/scripts/lib/launch.sh"
+source "$REPO/scripts/lib/all.sh"
 source "$REPO/scripts/lib/ray.sh"
 DRY_RUN=0
 hold_lock "$OUT_DIR/.lock" "$@"
@@ -85,8 +84,8 @@ class Cluster:
 
     def lib(self, code: str, *words: object, **env: str) -> subprocess.CompletedProcess:
         """Runs Bash code with the library loaded."""
-        libs = [REPO / "scripts" / "lib" / name for name in ("cli.sh", "ray.sh")]
-        script = f'set -euo pipefail; source "{libs[0]}"; source "{libs[1]}"; DRY_RUN=0; {code}'
+        libs = 'source "$REPO/scripts/lib/all.sh"; source "$REPO/scripts/lib/ray.sh"'
+        script = f'set -euo pipefail; REPO="{REPO}"; {libs}; DRY_RUN=0; {code}'
         return run("bash", "-c", script, "bash", *words, env=self.env | env)
 
     def launcher(self, out: Path, *command: object, value: str = "") -> subprocess.Popen:
