@@ -43,7 +43,7 @@ evalscope_command() {
       --api-url "$URL/v1/chat/completions" --timeout "$EVAL_TIMEOUT" --eval-batch-size "$EVAL_BATCH"
       ${previous[0]:+--use-cache "${previous[0]}"})
     if [[ $1 == grade ]]; then
-      COMMAND+=(--stage review --judge-worker-num "$GRADERS")
+      COMMAND=("${COMMAND[@]/#evalscope.cli.cli/eval.grade}" --stage review --judge-worker-num "$GRADERS")
     elif [[ $BENCHMARK == livecodebenchv5 ]]; then
       COMMAND+=(--stage infer)
     fi
@@ -53,7 +53,7 @@ evalscope_command() {
     --repeats "$GENERATED_NUM" --no-timestamp)
   [[ ! -f $work/configs/task_config.yaml ]] || COMMAND+=(--use-cache "$work")
   if [[ $1 == grade ]]; then
-    COMMAND+=(--eval-batch-size "$GRADERS" --rerun-review)
+    COMMAND=("${COMMAND[@]/#evalscope.cli.cli/eval.grade}" --eval-batch-size "$GRADERS" --rerun-review)
   else
     COMMAND+=(--eval-batch-size "$EVAL_BATCH")
     # It has no flag for only generating.
@@ -69,5 +69,7 @@ grade() {
     exit
   fi
   evalscope_command grade
+  # 0.17.1 would keep the grades of an interrupted call, and of one whose grader failed.
+  [[ $EVALSCOPE != 0.17.1 ]] || rm -rf "$OUT_DIR"/evalscope/2*_*/reviews
   client "$OUT_DIR/grade.log" bash "$REPO/eval/isolate.sh" "$OUT_DIR/evalscope" "${COMMAND[@]}"
 }

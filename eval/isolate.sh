@@ -49,9 +49,48 @@ inside() {
     setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "${@:3}"
 }
 
-if [[ ${1-} == --inside ]]; then
-  inside "${@:2}"
-fi
+# as_nobody WHERE DIRECTORY COMMAND...: root in a user namespace would be root for the files outside, so the user nobody
+# makes it. Nobody may not enter every directory on the way to what is needed: such a one is hidden, here only, under an
+# empty one that holds nothing else.
+as_nobody() {
+  local where=$1 nobody=(setpriv --reuid 65534 --regid 65534 --clear-groups) needed=("$2" "$REPO") path barrier number
+  local -A hidden=()
+  for path in "${@:3}" ${DATASET_LOCAL:+"$DATASET_LOCAL"}; do
+    [[ $path != /* || ! -d $path ]] || needed+=("$path")
+    [[ $path != */bin/python* ]] ||
+      mapfile -t -O "${#needed[@]}" needed < <("$path" -c 'import sys; print(sys.prefix, sys.base_prefix, sep="\n")')
+  done
+  mount --make-rprivate /
+  for number in "${!needed[@]}"; do
+    path=${needed[number]} barrier=''
+    [[ $path != "$2"/* ]] || continue
+    while [[ $barrier != "$path" ]] && "${nobody[@]}" test -x "${barrier:-/}"; do
+      barrier+=/$(cut -d / -f 1 <<<"${path#"$barrier"/}")
+    done
+    [[ $barrier != "$path" ]] || continue  # nobody can enter all above it
+    hidden[$number]=$barrier
+    mkdir -p "$where/needed/$number"
+    mount --rbind "$path" "$where/needed/$number"
+  done
+  for barrier in "${hidden[@]}"; do
+    mountpoint -q "$barrier" || mount -t tmpfs -o mode=755 tmpfs "$barrier"
+  done
+  for number in "${!hidden[@]}"; do
+    mkdir -p "${needed[number]}"
+    mount --move "$where/needed/$number" "${needed[number]}"
+  done
+  for path in "${@:3}"; do
+    [[ $path != */bin/python* ]] || "${nobody[@]}" "$path" -c '' 2>/dev/null ||
+      die "$path: root grades as the user nobody, who cannot run it; grade as another user"
+  done
+  exec "${nobody[@]}" "${@:3}"
+}
+
+NAMESPACES=(unshare --user --map-root-user --net --mount --pid --ipc --uts --fork --kill-child)
+case ${1-} in
+  --inside) inside "${@:2}" ;;
+  --as-nobody) as_nobody "${@:2}" ;;
+esac
 case ${1-} in
   -h | --help) usage && exit ;;
 esac
@@ -71,18 +110,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 mkdir "$WHERE/tmp"
 cp -r "$DIRECTORY" "$WHERE/copy"
-AS_NOBODY=()
 if ((UID == 0)); then
-  # Root in a user namespace would be root for the files outside.
   chmod 755 "$WHERE"
   chown -R 65534:65534 "$WHERE"
-  AS_NOBODY=(setpriv --reuid 65534 --regid 65534 --clear-groups)
-  "${AS_NOBODY[@]}" test -x "$DIRECTORY" ||
-    die "$DIRECTORY: root grades as the user nobody, who cannot get there; use another OUT_DIR, or another user"
-  for word; do
-    [[ $word != */bin/python* ]] || "${AS_NOBODY[@]}" "$word" -c '' 2>/dev/null ||
-      die "$word: root grades as the user nobody, who cannot run it; grade as another user"
-  done
 fi
 
 if [[ $ISOLATION == docker ]]; then
@@ -92,19 +122,17 @@ if [[ $ISOLATION == docker ]]; then
   RUN=(
     docker run --rm --network none --read-only --user "$(((UID == 0) ? 65534 : UID))" --cap-drop ALL
     --security-opt no-new-privileges --pids-limit "$GRADE_PROCESSES" --memory "${GRADE_MEMORY_MB}m" --cpus "$(nproc)"
-    --tmpfs /tmp:size=1g -e HOME=/tmp -e HF_HOME=/tmp/hf -e MODELSCOPE_CACHE=/tmp/ms -e HF_HUB_OFFLINE=1
+    --tmpfs /tmp:size=1g -e HOME=/tmp -e HF_HOME=/tmp/hf -e MODELSCOPE_CACHE=/tmp/ms -e HF_HUB_OFFLINE=1 -e PYTHONPATH="$REPO"
     -v "$REPO:$REPO:ro" ${DATASET_LOCAL:+-v "$DATASET_LOCAL:$DATASET_LOCAL:ro"} -v "$WHERE/copy:$DIRECTORY" -w /tmp
     "$GRADER_IMAGE" "${WORDS[@]}"
   )
 else
   command -v unshare >/dev/null || die 'unshare: not found (util-linux); set ISOLATION=docker, or grade on another machine'
-  "${AS_NOBODY[@]}" unshare --user --map-root-user --net --mount --pid --fork true 2>/dev/null ||
+  unshare --user --map-root-user --net --mount --pid --fork true 2>/dev/null ||
     die 'user namespaces are off on this machine (kernel.unprivileged_userns_clone, user.max_user_namespaces); set ISOLATION=docker, or grade on another machine'
   export GRADE_MEMORY_MB GRADE_PROCESSES
-  RUN=(
-    "${AS_NOBODY[@]}" unshare --user --map-root-user --net --mount --pid --ipc --uts --fork --kill-child
-    bash "$REPO/eval/isolate.sh" --inside "$WHERE" "$DIRECTORY" "$@"
-  )
+  RUN=("${NAMESPACES[@]}" bash "$REPO/eval/isolate.sh" --inside "$WHERE" "$DIRECTORY" "$@")
+  ((UID != 0)) || RUN=(unshare --mount bash "$REPO/eval/isolate.sh" --as-nobody "$WHERE" "$DIRECTORY" "${RUN[@]}")
 fi
 STATUS=0
 timeout --kill-after=2 "$GRADE_TIMEOUT" "${RUN[@]}" &

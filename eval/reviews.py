@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What evalscope 1.14.1's grader of LiveCodeBench leaves when its own process died or ran out of its time, which counts
-# its start: no wrong answer, but no grade.
-NO_GRADE = [[-2]]
+# What evalscope 1.14.1 keeps of the test of a program when the grader itself failed: nothing. (Its result is then -2,
+# as that of a wrong answer.)
+NO_GRADE = [["{}"]]
 LENGTH = ("length", "max_tokens", "model_length")
 
 
@@ -36,6 +36,7 @@ class Run:
     settings: dict[str, str]
     samples: list[Sample] = field(default_factory=list)
     unreadable: int = 0  # lines
+    ungraded: int = 0  # programs that the grader failed on, where the reviews do not tell which
 
     @property
     def benchmark(self) -> str:
@@ -63,7 +64,7 @@ def one_of_1_14(row: dict[str, Any], outputs: dict[int, dict[str, Any]], subset:
     name = next((key for key in (score.get("main_score_name"), "acc", "accuracy") if key in value), None)
     usable = name is not None and score.get("status", "success") in ("success", "fallback")
     metadata = score.get("metadata") or {}
-    failed = NO_GRADE in (metadata.get("eval_results") or {}).values() or (usable and "error" in metadata)
+    failed = metadata.get("final_metadata") == NO_GRADE or (usable and "error" in metadata)
     output = outputs.get(identity, {})
     choice = (output.get("choices") or [{}])[0]
     reason = choice.get("stop_reason")
@@ -130,4 +131,7 @@ def read(directory: Path) -> Run:
                 continue
             found |= {(sample.question, sample.number): sample for sample in made}
     run.samples = list(found.values())
+    ungraded = directory / "evalscope" / "ungraded.jsonl"
+    if ungraded.exists() and not any(sample.grader_failed for sample in run.samples):
+        run.ungraded = len(ungraded.read_text().splitlines())
     return run

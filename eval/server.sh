@@ -44,7 +44,7 @@ server_command() {
     MODEL_NAME=$OUT_DIR/model
     SERVER_COMMAND=(
       env HF_HUB_OFFLINE=1 "$PYTHON" -m transformers.cli.transformers serve "$MODEL_NAME"
-      --host 127.0.0.1 --port "$API_PORT" --device "${DEVICE:=$([[ -n $(command -v nvidia-smi) ]] && echo cuda || echo cpu)}"
+      --host 127.0.0.1 --port "$API_PORT" --device "${DEVICE:=auto}"
     )
   fi
   SERVER_COMMAND+=("${SERVER_FLAGS[@]}")

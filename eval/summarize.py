@@ -60,6 +60,7 @@ def problems(run: Run, by_question: dict[str, list[float]]) -> list[str]:
         said.append(f"only the first {run.settings['limit']} questions were asked")
     failed = sum(sample.grader_failed for sample in run.samples)
     unscored = sum(sample.score is None for sample in run.samples) - failed
+    failed += run.ungraded
     if failed:
         said.append(f"{failed} samples have no grade, because the grader itself failed")
     if unscored:
@@ -295,7 +296,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     everything = found + against
-    text = main_table(everything) + ["", *paper_table(everything)]
+    text = main_table(everything)
+    if any(one.benchmark in BENCHMARKS for one in everything):
+        text += ["", *paper_table(everything)]
     if compared:
         text += ["", *comparison_table(compared)]
     wrong = [f"{one.benchmark}, {one.model}: {problem}" for one in everything for problem in one.problems]

@@ -16,7 +16,7 @@ source "${REPO}/scripts/models/qwen2.5-tiny.sh"
 # Every stage is a function `stage_<name>`, what it leaves behind is listed by `result_<name>`, in this order.
 readonly STAGES=(
   install corpus arithmetic tokenizer data cpt_fp8 cpt_bf16 sft_stage1 sft_stage2 sft_scratch rollout_model rl_stage1
-  rl_stage2 accuracy report
+  rl_stage2 accuracy evaluation report
 )
 
 OUT="${OUT_DIR:-${REPO}/exp/quickstart}"
@@ -29,8 +29,8 @@ usage() {
 usage: bash scripts/quickstart.sh [options] [-- flags for the CPT recipe]
 
 Installs into .venv and takes a tiny Qwen2.5 through the recipe: pre-training in FP8, and in BF16 beside it; SFT in two
-stages, and from random weights beside it; the cast to FP8; RL in two stages with FP8 rollouts. Ends with
-exp/quickstart/report.md: curves, and held-out accuracy after each stage. Interrupt it at any time: the same command goes
+stages, and from random weights beside it; the cast to FP8; RL in two stages with FP8 rollouts; evaluation of the result
+in BF16 and FP8 behind a server. Ends with exp/quickstart/report.md: curves, and held-out accuracy after each stage. Interrupt it at any time: the same command goes
 on where it stopped, and does nothing when all is done.
 
   --list          name the stages
@@ -113,9 +113,12 @@ stage_sft_scratch() {
 result_rollout_model() { echo "${OUT}/sft_stage2_fp8"; }
 stage_rollout_model() {
   to_hf sft_stage2
-  # RL trains with float32 scales, as slime sends them to the rollout engine.
-  run "${PYTHON_VENV}" "${REPO}/tools/bf16_cast_fp8.py" --input-bf16-hf-path "${OUT}/sft_stage2_hf" \
-    --output-fp8-hf-path "${OUT}/sft_stage2_fp8" --force-pow-2-scale False
+  to_fp8 sft_stage2
+}
+# RL trains with float32 scales, as slime sends them to the rollout engine.
+to_fp8() {
+  [[ -e ${OUT}/$1_fp8 ]] || run "${PYTHON_VENV}" "${REPO}/tools/bf16_cast_fp8.py" \
+    --input-bf16-hf-path "${OUT}/$1_hf" --output-fp8-hf-path "${OUT}/$1_fp8" --force-pow-2-scale False
 }
 to_hf() {
   [[ -e ${OUT}/$1_hf ]] || run "${PYTHON_VENV}" "${REPO}/tools/convert_torch_dist_to_hf.py" \
@@ -148,6 +151,23 @@ measure() {
     --checkpoint "$2" --data "${OUT}/arithmetic/held_out.jsonl" --output "${OUT}/accuracy/$1.json"
 }
 
+result_evaluation() { echo "${OUT}/evaluation/summary.json"; }
+stage_evaluation() {
+  to_hf rl_stage2
+  to_fp8 rl_stage2
+  evaluate BF16 rl_stage2_hf
+  evaluate FP8 rl_stage2_fp8
+  run "${PYTHON_VENV}" "${REPO}/eval/summarize.py" "${OUT}/evaluation/FP8" --against "${OUT}/evaluation/BF16" \
+    --output "${OUT}/evaluation"
+}
+# The held-out questions in the format of AIME, through evalscope and a server, as eval/*_eval.sh measure the big models.
+evaluate() {
+  run env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic \
+    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers PYTHON="${PYTHON_VENV}" \
+    TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4 \
+    bash "${REPO}/eval/aime24_eval.sh"
+}
+
 result_report() { echo "${OUT}/report.md"; }  # and its figures
 stage_report() {
   run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" --quickstart "${OUT}" --output "${OUT}/report.md"
@@ -173,7 +193,8 @@ finished() {
     install) ensure_venv requirements.txt ;;
     report)
       [[ -e ${result} ]] || return
-      for tracker in "${OUT}"/*/checkpoints/latest_checkpointed_iteration.txt "${OUT}"/accuracy/*.json; do
+      for tracker in "${OUT}"/*/checkpoints/latest_checkpointed_iteration.txt "${OUT}"/accuracy/*.json \
+        "${OUT}/evaluation/summary.json"; do
         [[ ! ${tracker} -nt ${result} ]] || return
       done
       ;;
@@ -223,6 +244,7 @@ main() {
         data) rm -rf "${OUT}/data" ;;
         sft_scratch) rm -rf "${OUT}/random" "${OUT}/sft_scratch1" ;;
         accuracy) rm -rf "${OUT}/accuracy" "${OUT}"/{cpt_fp8,sft_stage1,sft_scratch2,rl_stage1,rl_stage2}_hf ;;
+        evaluation) rm -rf "${OUT}/evaluation" "${OUT}/rl_stage2_fp8" ;;
         rollout_model) rm -rf "${OUT}/sft_stage2_hf" ;;
         report) rm -f "${OUT}"/report*.png ;;
       esac

@@ -14,9 +14,12 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
-# A shell that starts the tests in the background ignores Ctrl-C for them and for every program that they start.
+# A shell that starts the tests in the background ignores Ctrl-C for them and for every program that they start; nohup
+# ignores hang-ups.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:

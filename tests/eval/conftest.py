@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tests.eval import samples
 
 SERVER = Path(__file__).with_name("openai_server.py")
 BENCHMARKS = tuple(samples.TRUTH)
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "true"]
 
 
 @dataclass
@@ -91,9 +93,26 @@ class Evaluation:
         return one
 
 
+def assert_quoted(requests: list[dict], name: str) -> None:
+    """docs/EVAL.md quotes one of these requests; [...] stands for what it leaves out."""
+    text = (REPO / "docs" / "EVAL.md").read_text()
+    (quote,) = re.findall(rf"<!-- prompt: {re.escape(name)} -->\n````text\n(.*?)\n````", text, re.DOTALL)
+    pattern = r"\n.*\n".join(re.escape(part) for part in quote.split("\n[...]\n"))
+    bodies = [request["body"]["messages"] for request in requests]
+    sent = {"\n".join(f"[{one['role']}]\n{one['content']}" for one in messages).rstrip() for messages in bodies}
+    assert any(re.fullmatch(pattern, one, re.DOTALL) for one in sent), "\n\n".join(sent)
+
+
 @pytest.fixture(scope="session")
 def local_data(tmp_path_factory) -> Path:
     return samples.build(tmp_path_factory.mktemp("it's eval data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    from tests.eval import tiny_model
+
+    return tiny_model.build(tmp_path_factory.mktemp("models") / "it's tiny")
 
 
 def processes_with(text: str) -> list[int]:

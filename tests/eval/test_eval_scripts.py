@@ -17,8 +17,11 @@ import pytest
 
 from tests.conftest import REPO
 from tests.eval import samples
-from tests.eval.conftest import BENCHMARKS, SERVER, Evaluation, processes_with, wait_until
+from tests.eval.conftest import BENCHMARKS, NAMESPACES, SERVER, Evaluation, assert_quoted, processes_with, wait_until
 
+isolation = pytest.mark.skipif(
+    subprocess.run(NAMESPACES, capture_output=True).returncode != 0, reason="user namespaces are off on this machine"
+)
 LIMITS = {"aime24": 31000, "aime25": 31000, "gpqa": 26000, "livecodebenchv5": 27000}
 
 
@@ -55,16 +58,10 @@ def test_known_answers_give_the_known_result(benchmark, tmp_path, local_data, sc
         assert not {"seed", "n", "max_new_tokens", "do_sample"} & body.keys()
         assert "<|im_start|>" not in text and "{{" not in text and "<think>" not in text
         assert body["model"] == "tiny" and request["path"] == "/v1/chat/completions"
+    assert_quoted(requests, {"aime24": "aime", "aime25": "aime", "gpqa": "gpqa 1.14.1"}.get(benchmark, benchmark))
     if benchmark == "livecodebenchv5":
         assert "programs that the model wrote must run" in result.stderr and not (one.out / "summary.json").exists()
         return
-    if benchmark.startswith("aime"):
-        system, user = requests[0]["body"]["messages"]
-        assert system == {
-            "role": "system",
-            "content": "Please reason step by step, and put your final answer within \\boxed{}.",
-        }
-        assert user["content"] in [text for text, _ in samples.MATH]
     summary = one.summary()
     assert summary["average"] == pytest.approx(100 * sum(truth) / 8 / len(truth), abs=1e-9)
     assert (summary["questions"], summary["samples"], summary["problems"]) == (len(truth), 8, [])
@@ -73,6 +70,23 @@ def test_known_answers_give_the_known_result(benchmark, tmp_path, local_data, sc
     # All done: no server is needed any more.
     server.process.kill()
     assert "nothing to do" in good(one.run()).stderr
+
+
+def graded(one: Evaluation, url: str) -> subprocess.CompletedProcess:
+    """Generated without permission to run programs, then graded with it."""
+    assert "programs that the model wrote must run" in good(one.run(GENERATED_NUM=2)).stderr
+    return one.run(GENERATED_NUM=2, ALLOW_CODE_EXECUTION=1, ISOLATION="namespaces")
+
+
+@isolation
+def test_programs_are_graded_in_isolation(tmp_path, local_data, scripted):
+    """Right are every second program of `sum`, all of `double`, none of `edge`; of none two are asked for twice."""
+    server = scripted()
+    one = evaluation("livecodebenchv5", tmp_path, local_data, server.url)
+    result = good(graded(one, server.url))
+    assert len(server.requests()) == 6
+    assert one.summary()["average"] == pytest.approx(50) and one.summary()["problems"] == []
+    assert "nothing to do" in good(one.run(GENERATED_NUM=2, ALLOW_CODE_EXECUTION=1)).stderr, result.stderr
 
 
 def test_an_interrupted_run_goes_on(tmp_path, local_data, scripted):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
+from tests.eval.conftest import NAMESPACES
 
-NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "true"]
 pytestmark = pytest.mark.skipif(
     subprocess.run(NAMESPACES, capture_output=True).returncode != 0, reason="user namespaces are off on this machine"
 )

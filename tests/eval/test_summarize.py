@@ -79,6 +79,14 @@ def test_the_older_release(tmp_path):
     assert (one.average, one.samples, one.problems, one.tokens["mean"]) == (75.0, 2, [], 20.0)
 
 
+def test_a_wrong_program_is_graded(tmp_path):
+    """Its result is the same number as that of a failed grader."""
+    why = '{"error_code": -2, "error_message": "Wrong answer"}'
+    wrong = {"eval_results": {"0": [[-2]]}, "final_metadata": [[why]]}
+    (one,) = summarize.find(run_in(tmp_path, [*GOOD[:3], review(3, 0.0, metadata=wrong)]))
+    assert (one.average, one.problems) == (50.0, [])
+
+
 FAILED = {"eval_results": {"0": [[-2]]}, "final_metadata": [["{}"]]}
 
 

@@ -21,7 +21,7 @@ from tools.checkpoint import torch_dist
 QUICKSTART = REPO / "scripts" / "quickstart.sh"
 STAGES = (
     "install corpus arithmetic tokenizer data cpt_fp8 cpt_bf16 sft_stage1 sft_stage2 sft_scratch rollout_model "
-    "rl_stage1 rl_stage2 accuracy report"
+    "rl_stage1 rl_stage2 accuracy evaluation report"
 ).split()
 ITERATIONS, ROLLOUTS = 16, 4
 RUNS = {
@@ -31,7 +31,7 @@ RUNS = {
 # The real stages on the real corpus; only the training is short. A model that has learned so little is never right: the
 # groups of RL that have no signal are kept.
 SHORT_ENV = {
-    "ARITHMETIC_FLAGS": "--pretrain 2000 --stage1 256 --stage2 128 --rl 64 --validation 4 --held-out 8",
+    "ARITHMETIC_FLAGS": "--pretrain 2000 --stage1 256 --stage2 128 --rl 64 --validation 4 --held-out 8 --benchmark 2",
     "SFT_FLAGS": f"--num-rollout {ROLLOUTS} --save-interval 2",
     "RL_FLAGS": f"--num-rollout {ROLLOUTS} --save-interval 2 --eval-interval 2 --rollout-max-response-len 8",
     "DYNAMIC_SAMPLING": "0",
@@ -65,6 +65,8 @@ def test_it_ends_with_a_report(reference):
     table = re.findall(r"^\| (.+?) \| (BF16|FP8) \| \d+\.\d% \(.*\) \| \d+\.\d% \(.*\) \|$", report, re.MULTILINE)
     assert [precision for _, precision in table] == ["BF16", "BF16", "BF16", "BF16", "FP8", "BF16", "BF16"]
     assert f"| 1 | {ROLLOUTS} | " in report and f"| 2 | {ROLLOUTS} | " in report
+    assert "| arithmetic | BF16 | 2 x 4 | " in report and "| arithmetic | FP8 | 2 x 4 | " in report
+    assert re.search(r"^\| arithmetic \| BF16 \| FP8 \| 2 \| .* \| (inside noise|a difference) \|$", report, re.M)
     for name in ("report.png", "report_fine_tuning.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in report
     assert not list(out.glob(".*partial*"))
@@ -77,7 +79,7 @@ def test_again_does_nothing(reference):
     result = ok(quickstart(out, *SHORT))
     print(f"re-run: {time.monotonic() - start:.1f} s")
     assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()) == before
-    assert result.stdout.count("done before") == 8 and result.stdout.count("nothing to do") == 0
+    assert result.stdout.count("done before") == 9 and result.stdout.count("nothing to do") == 0
     assert result.stderr.count("nothing to do") == 9  # one for each run, three of them for the one from random weights
 
 

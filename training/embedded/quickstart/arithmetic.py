@@ -9,6 +9,7 @@
     rl.jsonl            {"prompt", "label"}: every question once
     validation.jsonl    {"prompt", "label"}: what RL evaluates on as it runs
     held_out.jsonl      {"prompt", "label"}: what the report measures
+    benchmark/test.jsonl  {"problem", "answer"}: the first held-out questions as evalscope reads AIME
 
 Validation and held-out questions are in none of the other files, in neither order.
 
@@ -117,6 +118,7 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
         chance = rng["stage2"]
         return conversation(a, b, wrong(chance, a + b) if chance.random() < options.wrong else a + b)
 
+    held_out = problems("held_out", "held_out", options.held_out)
     return {
         "pretrain": [
             {"text": f"{a}+{b}: {steps(a, b)}, so {a + b}."} for a, b in take("pretrain", (1, 2, 2), options.pretrain)
@@ -125,7 +127,10 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
         "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2,), options.stage2)],
         "rl": problems("rl", "train", options.rl),
         "validation": problems("validation", "validation", options.validation),
-        "held_out": problems("held_out", "held_out", options.held_out),
+        "held_out": held_out,
+        "benchmark/test": [
+            {"problem": row["prompt"][0]["content"], "answer": row["label"]} for row in held_out[: options.benchmark]
+        ],
     }
 
 
@@ -134,7 +139,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 1600, "rl": 3200, "validation": 64, "held-out": 200}
+    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 1600, "rl": 3200, "validation": 64}
+    sizes |= {"held-out": 200, "benchmark": 50}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
     parser.add_argument(
@@ -150,7 +156,9 @@ def main() -> int:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, rows in build(options).items():
-        (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = partial / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{name}.jsonl: {len(rows):,} rows")
     os.replace(partial, options.output_dir)
     return 0

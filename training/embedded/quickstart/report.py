@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The quickstart's report: FP8 beside BF16 in pre-training, and what SFT and RL made of the model.
+"""The quickstart's report: FP8 beside BF16 in pre-training, what SFT and RL made of the model, and FP8 beside BF16 again.
 
     python training/embedded/quickstart/report.py --quickstart exp/quickstart --output exp/quickstart/report.md
 
-Everything comes from what the stages left: TensorBoard scalars, logs and measured accuracies. Two figures are written
+Everything comes from what the stages left: TensorBoard scalars, logs, measured accuracies and evalscope's reviews. Two figures are written
 beside the report.
 """
 
@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 
+from eval import summarize  # noqa: E402
+from eval.reviews import RunError  # noqa: E402
 from training.embedded.quickstart import fine_tuning  # noqa: E402
 from training.embedded.quickstart.runs import SMOOTH, ReportError, Run, read_run, smooth  # noqa: E402
 
@@ -94,6 +96,24 @@ every other number are the same.
 """
 
 
+def evaluation(folder: Path) -> str:
+    """What evalscope measured, and whether FP8 differs from BF16."""
+    try:
+        bf16, fp8 = (summarize.find(folder / "evaluation" / name) for name in ("BF16", "FP8"))
+        compared = summarize.compare(fp8, bf16)
+    except RunError as error:
+        raise ReportError(str(error)) from None
+    return f"""# Evaluation in miniature
+
+The model after RL, in BF16 and cast to FP8, behind `transformers serve`, measured by evalscope as `eval/aime24_eval.sh`
+measures the big models; the questions are held-out ones in the format of AIME.
+
+{chr(10).join(summarize.main_table(bf16 + fp8))}
+
+{chr(10).join(summarize.comparison_table(compared))}
+"""
+
+
 def following(folder: Path) -> str:
     """What to do after the quickstart."""
     checkpoint = shlex.quote(str(folder / "cpt_fp8" / "checkpoints"))
@@ -105,7 +125,7 @@ def following(folder: Path) -> str:
   with the `DATA_PATH` and `TOKENIZER_MODEL` of the quickstart
 - See the commands that H100 nodes would run: `bash scripts/CPT/InfiR2_CPT_FP8_7B.sh --dry-run`, and the same for
   `scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh` and `scripts/RL/InfiR2_RL_FP8_7B_stage1_4node.sh`
-- Read `docs/CPT.md`, `docs/SFT.md`, `docs/RL.md`
+- Read `docs/CPT.md`, `docs/SFT.md`, `docs/RL.md`, `docs/EVAL.md`
 """
 
 
@@ -119,7 +139,8 @@ def main() -> int:
     curves, tuning = output.with_suffix(".png"), output.with_name(f"{output.stem}_fine_tuning.png")
     try:
         fp8, bf16 = read_run(folder / "cpt_fp8"), read_run(folder / "cpt_bf16")
-        text = "\n".join([report(fp8, bf16, curves.name), fine_tuning.section(folder, tuning.name), following(folder)])
+        parts = [report(fp8, bf16, curves.name), fine_tuning.section(folder, tuning.name)]
+        text = "\n".join([*parts, evaluation(folder), following(folder)])
         figure(fp8, bf16, curves)
         fine_tuning.figure(folder, tuning)
     except ReportError as error:

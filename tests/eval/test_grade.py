@@ -1,0 +1,67 @@
+"""The grader of LiveCodeBench's programs, on programs of ours: what it says of each, and when it says nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPO
+
+# In a process of its own: forks need a main module that is not pytest.
+PROGRAM = """
+import json, multiprocessing, sys
+from eval import grade
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([grade.TESTS, "eval.grade"])
+sample = {"input_output": json.dumps({"inputs": ["1 2\\n"], "outputs": ["3\\n"], "fn_name": None})}
+grade.START = float(sys.argv[2])
+for program in json.loads(sys.argv[1]):
+    try:
+        results, metadata = grade.verdict(context, sample, program, 1, False)
+        print("VERDICT", json.dumps([all(result is True for result in results), metadata]))
+    except grade.GraderFailed as error:
+        print("VERDICT", json.dumps(["failed", str(error)]))
+"""
+
+
+def verdicts(*programs: str, start: float = 120) -> list[list]:
+    words = [sys.executable, "-c", PROGRAM, json.dumps(programs), str(start)]
+    result = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=300)
+    found = [line.split(" ", 1)[1] for line in result.stdout.splitlines() if line.startswith("VERDICT ")]
+    assert len(found) == len(programs), result.stdout + result.stderr
+    return [json.loads(line) for line in found]
+
+
+def test_verdicts():
+    right = "a, b = map(int, input().split())\nprint(a + b)"
+    spins = "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"
+    ends = "import ctypes\nctypes.string_at(0)"
+    found = verdicts(right, right.replace("+", "*"), "", spins, ends, right)
+    assert [verdict for verdict, _ in found] == [True, False, False, False, False, True]
+    wrong, empty, slow, killed = (metadata for _, metadata in found[1:5])
+    assert wrong["error_code"] == -2 and "Wrong answer" in wrong["error_message"]
+    assert empty["error_code"] == -4
+    assert slow == {"error_code": -3, "error_message": "Global time limit exceeded"}
+    assert killed == {"error_code": -4, "error_message": "The program ended its process with status -11"}
+
+
+def test_a_grader_that_does_not_start_says_nothing_of_the_program():
+    assert verdicts("print(3)", start=0.0) == [["failed", "the process did not start within 0 s"]]
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_failures_are_counted_where_reviews_do_not_tell(tmp_path, lines):
+    """Release 0.17.1 keeps no trace of them."""
+    from eval import reviews
+
+    place = tmp_path / "evalscope" / "20261126_010101" / "reviews" / "tiny"
+    place.mkdir(parents=True)
+    row = {"index": 0, "choices": [{"review": {"result": 0.0}}], "usage": {"completion_tokens": 4}}
+    (place / "live_code_bench_release_v5.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"benchmark": "livecodebenchv5", "model": "tiny"}))
+    if lines:
+        (tmp_path / "evalscope" / "ungraded.jsonl").write_text('{"why": "x"}\n' * lines)
+    assert reviews.read(tmp_path).ungraded == lines
