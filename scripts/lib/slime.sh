@@ -198,10 +198,21 @@ slime_header() {
     data "$DATA_FILE" "$@" state "$STATE" cluster "$ADDRESS, $NNODES x $GPUS_PER_NODE GPUs" output "$OUT_DIR"
 }
 
+# start_over_if_moved: a job of this run that goes on without its launcher has saved since the arrays were made.
+start_over_if_moved() {
+  read_tracker "$SAVE_DIR"
+  [[ $TRACKER =~ ^[0-9]+$ ]] && ((TRACKER + 1 != START && ! DRY_RUN)) || return 0
+  [[ -z ${LOCK_FD-} ]] || exec {LOCK_FD}>&-
+  exec "$BASH" "$0" "${ORIGINAL_ARGS[@]}"
+}
+
 # slime_run HEADER_FUNCTION HF_CHECK...: checks, then the job. Everything a launch does after its arrays are made.
 slime_run() {
-  local header=$1 job
-  "$PYTHON" "$REPO/training/contract/check.py" --program slime "${@:2}" -- "${ARGS[@]}" >&2 || exit 1
+  local header=$1 job said failed=0
+  said=$("$PYTHON" "$REPO/training/contract/check.py" --program slime "${@:2}" -- "${ARGS[@]}" 2>&1) || failed=1
+  ((!failed)) || start_over_if_moved
+  [[ -z $said ]] || printf '%s\n' "$said" >&2
+  ((!failed)) || exit 1
   "$header" >&2
   if [[ -n $TARGET ]] && ((START >= TARGET)); then
     printf 'nothing to do: %s has its %s rollouts\n' "$SAVE_DIR" "$TARGET" >&2
@@ -223,6 +234,7 @@ slime_run() {
   if [[ -n $job ]]; then
     printf 'job %s of this run is still there: following it\n' "$job" >&2
   else
+    start_over_if_moved
     { "$header" && print_command; } >>"$LOG"
     job=$JOB_ID
     submit_job "$ADDRESS" "$job"

@@ -23,6 +23,7 @@ FINE_TUNING = [
     *(f"InfiR2_RL_FP8_tiny_stage{stage}" for stage in (1, 2)),
 ]
 PLACES = {
+    "OMP_NUM_THREADS": "2",  # else as many as this machine has cores
     "DATA_PATH": "/data/cpt_text_document",
     "TOKENIZER_MODEL": "/models/qwen",
     "INIT_CHECKPOINT": "/models/qwen_torch_dist",

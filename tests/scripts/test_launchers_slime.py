@@ -162,6 +162,27 @@ def test_states(tiny_stages, tmp_path):
     assert f"nothing to do: {root} has its 9 rollouts" in done.stderr and done.stdout == ""
 
 
+def test_a_job_that_saves_meanwhile_is_seen(tiny_stages, tmp_path):
+    """One that goes on without its launcher may save between any two steps of the next one."""
+    out = tmp_path / "out"
+    saved = tracker(tmp_path / "later", 2)
+    (saved / "rollout").mkdir()
+    (saved / "rollout" / "global_dataset_state_dict_2.pt").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case $1 in */contract/check.py) [ -d {out}/checkpoints ] || {{ mkdir {out}; mv {saved} {out}/checkpoints; }} ;; esac
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    env = variables(tiny_stages, SFT, out) | {"PYTHON": str(python), "RAY_ADDRESS": "http://127.0.0.1:9"}
+    result = run("bash", recipe(SFT), *SHORT[SFT].split(), env=env)
+    refused(result, "no Ray cluster answers at http://127.0.0.1:9")
+    assert result.stderr.count("error: ") == 1 and "resume after rollout 2" in result.stderr
+    assert "fresh" not in result.stderr
+
+
 def test_missing_things_stop_a_launch(tiny_stages, tmp_path):
     env = variables(tiny_stages, SFT, tmp_path / "out")
     for name, part in (
