@@ -29,7 +29,8 @@ class Refused(Exception):
 
 class Server:
     def __init__(self, url: str, key: str) -> None:
-        self.url, self.headers = url, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self.url, self.key = url, key
+        self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through a proxy
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = 10) -> tuple[int, bytes]:
@@ -115,14 +116,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--worker", action="append", default=[], help="URL of a worker behind a router")
     parser.add_argument("--pid", type=int)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--timeout", type=float, required=True, help="seconds")
     options = parser.parse_args(argv)
     server = Server(options.url, os.environ.get("API_KEY", "EMPTY"))
     try:
+        # sglang-router 0.2.1 lists its own models, which are none: its workers are asked.
+        for one in [Server(url, server.key) for url in options.worker] or [server]:
+            wait_for_health(one, options)
+            check_names(one, options.model)
         wait_for_health(server, options)
-        check_names(server, options.model)
         check_answer(server, options.model)
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,8 @@ server_command() {
   URL=http://127.0.0.1:$API_PORT
   if ((${#urls[@]} > 1)); then
     : "${API_KEY:=EMPTY}"
-    SERVER_COMMAND=("$PYTHON" -m sglang_router.launch_router --worker-urls "${urls[@]}" --host 127.0.0.1 --port "$API_PORT")
+    SERVER_COMMAND=("$PYTHON" -m sglang_router.launch_router --worker-urls "${urls[@]}" --host 127.0.0.1 --port "$API_PORT"
+      --policy power_of_two)  # the default keeps one worker busy until the others are 64 behind
     [[ $API_KEY == EMPTY ]] || SERVER_COMMAND+=(--api-key "$API_KEY")
   elif [[ $SERVER == sglang ]]; then
     # Only this run's client knows the key; a fixed one would also fit another user's server on this port.
@@ -52,7 +53,7 @@ server_command() {
 
 # start_server: returns when it has answered one request with the right model.
 start_server() {
-  local flags=(--url "$URL" --model "$MODEL_NAME" --timeout "$READY_TIMEOUT" --log "$SERVER_LOG")
+  local flags=(--url "$URL" --model "$MODEL_NAME" --timeout "$READY_TIMEOUT" --log "$SERVER_LOG") url
   if ((${#SERVER_COMMAND[@]})); then
     [[ $MODEL_NAME != "$OUT_DIR/model" ]] || "$PYTHON" "$REPO/eval/check.py" view --model "$MODEL_PATH" \
       --output "$MODEL_NAME" --temperature "$TEMPERATURE" >/dev/null || exit 1
@@ -60,6 +61,7 @@ start_server() {
     setsid setpriv --pdeathsig TERM "${SERVER_COMMAND[@]}" >>"$SERVER_LOG" 2>&1 </dev/null &
     SERVER_PID=$!
     flags+=(--pid "$SERVER_PID")
+    for url in $SERVER_URL; do flags+=(--worker "${url%/v1}"); done
   fi
   API_KEY=$API_KEY "$PYTHON" "$REPO/eval/probe.py" "${flags[@]}" &
   CLIENT=$!
