@@ -49,6 +49,11 @@ def suite(line: str, folder: Path) -> None:
     ok(run("bash", "-c", f"{line} --help", cwd=REPO))
 
 
+def strict(line: str, folder: Path) -> None:
+    """It installs a gigabyte: tests/eval/test_strict.py works where that was done."""
+    ok(run("bash", "-c", f"{line} --help", cwd=REPO))
+
+
 def submodule(line: str, folder: Path) -> None:
     """Fetching needs a network: the path must be one of .gitmodules."""
     path = line.split()[-1]
@@ -195,6 +200,7 @@ def export(line: str, folder: Path) -> None:
 RUNNERS = {
     r"bash scripts/quickstart\.sh$": quickstart,
     r"bash scripts/test\.sh$": suite,
+    r"bash eval/setup_strict\.sh$": strict,
     r"bash scripts/CPT/\S+\.sh": launch,
     r"bash scripts/(SFT|RL)/InfiR2\S+\.sh": launch,
     r"bash scripts/(SFT|RL)/prepare_data\.sh": prepare,
