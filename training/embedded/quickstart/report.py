@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The quickstart's report: FP8 beside BF16 in pre-training, what SFT and RL made of the model, and FP8 beside BF16 again.
+"""The quickstart's report: FP8 beside BF16 in pre-training, what SFT and RL made of the model, FP8 beside BF16 again.
 
     python training/embedded/quickstart/report.py --quickstart exp/quickstart --output exp/quickstart/report.md
 
-Everything comes from what the stages left: TensorBoard scalars, logs, measured accuracies and evalscope's reviews. Two figures are written
-beside the report.
+Everything comes from what the stages left: TensorBoard scalars, logs, measured accuracies and evalscope's reviews. Two
+figures are written beside the report.
 """
 
 from __future__ import annotations
