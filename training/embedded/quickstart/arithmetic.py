@@ -49,14 +49,11 @@ def question(a: int, b: int) -> str:
 
 
 def steps(a: int, b: int) -> str:
-    """The addition column by column from the right, each with the carry that it received: "7+8+0=15 3+4+1=08".
-
-    Every sum of a column has two digits, so that the digits to be read stand at fixed distances.
-    """
+    """The addition column by column from the right, each with the carry that it received: "7+8+0=15 3+4+1=8"."""
     columns, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
-        columns.append(f"{x}+{y}+{carry}={x + y + carry:02}")
+        columns.append(f"{x}+{y}+{carry}={x + y + carry}")
         carry = (x + y + carry) // 10
     return " ".join(columns)
 
@@ -142,7 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    sizes = {"pretrain": 15000, "stage1": 4800, "stage2": 1600, "rl": 3200, "validation": 64}
+    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 1600, "rl": 3200, "validation": 64}
     sizes |= {"held-out": 200, "benchmark": 50}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
