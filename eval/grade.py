@@ -5,7 +5,7 @@
 evalscope's own grader counts the start of its processes as the program's time, and cannot tell a program that killed
 its process from a grader that did not start: on a loaded machine it gives 0 to right programs. Here each program is a
 fork of a process that has all imports behind it. Limits and verdicts are evalscope's; only where the grader itself
-fails there is none, and a line in WORK_DIR/ungraded.jsonl.
+fails there is none, and a line in WORK_DIR/grading/ungraded.jsonl.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,13 @@ def verdict(context: Any, sample: dict[str, Any], program: str, timeout: int, de
             process.join()
 
 
-def main() -> None:
-    """Grade with evalscope's command line."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([TESTS, "eval.grade"])
-    ungraded = Path(sys.argv[sys.argv.index("--work-dir") + 1]) / "ungraded.jsonl"
-    ungraded.unlink(missing_ok=True)
+def checker(context: Any, work_dir: Path) -> Callable[..., Verdict]:
+    """Stands for evaluate_utils.codegen_check_correctness; its failures so far are forgotten."""
+    ungraded = work_dir / "grading" / "ungraded.jsonl"  # isolate.sh brings directories back
+    ungraded.parent.mkdir(exist_ok=True)
+    ungraded.write_text("")
 
     def checked(sample: dict[str, Any], generation: str, timeout: int, debug: bool = True) -> Verdict:
-        """Stands for evaluate_utils.codegen_check_correctness."""
         try:
             return verdict(context, sample, generation, timeout, debug)
         except GraderFailed as error:
@@ -82,7 +81,15 @@ def main() -> None:
                 file.write(json.dumps({"why": str(error), "program": generation}) + "\n")
             raise
 
-    evaluate_utils.codegen_check_correctness = checked
+    return checked
+
+
+def main() -> None:
+    """Grade with evalscope's command line."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([TESTS, "eval.grade"])
+    work_dir = Path(sys.argv[sys.argv.index("--work-dir") + 1])
+    evaluate_utils.codegen_check_correctness = checker(context, work_dir)
     run_cmd()
 
 

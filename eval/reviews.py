@@ -131,7 +131,7 @@ def read(directory: Path) -> Run:
                 continue
             found |= {(sample.question, sample.number): sample for sample in made}
     run.samples = list(found.values())
-    ungraded = directory / "evalscope" / "ungraded.jsonl"
+    ungraded = directory / "evalscope" / "grading" / "ungraded.jsonl"
     if ungraded.exists() and not any(sample.grader_failed for sample in run.samples):
         run.ungraded = len(ungraded.read_text().splitlines())
     return run

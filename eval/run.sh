@@ -180,7 +180,7 @@ main() {
   hold_lock "$OUT_DIR/.lock" "$@"
   check_run --write
   SERVER_LOG=$OUT_DIR/server.log EVAL_LOG=$OUT_DIR/evalscope.log CLIENT='' SERVER_PID=''
-  if [[ -f $OUT_DIR/summary.json ]] && ! { ((ALLOW_CODE_EXECUTION)) && grep -q 'grader itself failed' "$OUT_DIR/summary.json"; }; then
+  if [[ -f $OUT_DIR/summary.json ]] && ! { ((ALLOW_CODE_EXECUTION)) && [[ -s $OUT_DIR/evalscope/grading/ungraded.jsonl ]]; }; then
     printf 'nothing to do: %s\n' "$OUT_DIR/summary.json" >&2
     summarize
     exit

@@ -13,20 +13,20 @@ choose_port() {
 
 # server_command: SERVER_COMMAND (empty where one is running already), URL, MODEL_NAME as the server knows it.
 server_command() {
-  local urls
-  read -r -a urls <<<"$SERVER_URL"
+  read -r -a WORKERS <<<"$SERVER_URL"
+  WORKERS=("${WORKERS[@]%/}")
+  WORKERS=("${WORKERS[@]%/v1}")
   SERVER_COMMAND=() MODEL_NAME=$SERVED_NAME
-  if ((${#urls[@]} == 1)); then
-    URL=${urls[0]%/}
-    URL=${URL%/v1}
+  if ((${#WORKERS[@]} == 1)); then
+    URL=${WORKERS[0]}
     : "${API_KEY:=EMPTY}"
     return
   fi
   choose_port
   URL=http://127.0.0.1:$API_PORT
-  if ((${#urls[@]} > 1)); then
+  if ((${#WORKERS[@]} > 1)); then
     : "${API_KEY:=EMPTY}"
-    SERVER_COMMAND=("$PYTHON" -m sglang_router.launch_router --worker-urls "${urls[@]}" --host 127.0.0.1 --port "$API_PORT"
+    SERVER_COMMAND=("$PYTHON" -m sglang_router.launch_router --worker-urls "${WORKERS[@]}" --host 127.0.0.1 --port "$API_PORT"
       --policy power_of_two)  # the default keeps one worker busy until the others are 64 behind
     [[ $API_KEY == EMPTY ]] || SERVER_COMMAND+=(--api-key "$API_KEY")
   elif [[ $SERVER == sglang ]]; then
@@ -61,7 +61,7 @@ start_server() {
     setsid setpriv --pdeathsig TERM "${SERVER_COMMAND[@]}" >>"$SERVER_LOG" 2>&1 </dev/null &
     SERVER_PID=$!
     flags+=(--pid "$SERVER_PID")
-    for url in $SERVER_URL; do flags+=(--worker "${url%/v1}"); done
+    for url in "${WORKERS[@]}"; do flags+=(--worker "$url"); done
   fi
   API_KEY=$API_KEY "$PYTHON" "$REPO/eval/probe.py" "${flags[@]}" &
   CLIENT=$!

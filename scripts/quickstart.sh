@@ -30,8 +30,8 @@ usage: bash scripts/quickstart.sh [options] [-- flags for the CPT recipe]
 
 Installs into .venv and takes a tiny Qwen2.5 through the recipe: pre-training in FP8, and in BF16 beside it; SFT in two
 stages, and from random weights beside it; the cast to FP8; RL in two stages with FP8 rollouts; evaluation of the result
-in BF16 and FP8 behind a server. Ends with exp/quickstart/report.md: curves, and held-out accuracy after each stage. Interrupt it at any time: the same command goes
-on where it stopped, and does nothing when all is done.
+in BF16 and FP8 behind a server. Ends with exp/quickstart/report.md: curves, and held-out accuracy after each stage.
+Interrupt it at any time: the same command goes on where it stopped, and does nothing when all is done.
 
   --list          name the stages
   --from STAGE    start at STAGE
@@ -163,7 +163,7 @@ stage_evaluation() {
 # The held-out questions in the format of AIME, through evalscope and a server, as eval/*_eval.sh measure the big models.
 evaluate() {
   run env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic \
-    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers PYTHON="${PYTHON_VENV}" \
+    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}" \
     TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4 \
     bash "${REPO}/eval/aime24_eval.sh"
 }

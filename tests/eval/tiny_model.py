@@ -8,11 +8,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.training.embedded.tiny import CHAT, END_OF_TEXT, TURN_END, TURN_START
+
+SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,7 @@
 
     python training/embedded/quickstart/report.py --quickstart exp/quickstart --output exp/quickstart/report.md
 
-Everything comes from what the stages left: TensorBoard scalars, logs, measured accuracies and evalscope's reviews. Two
+Everything comes from what the stages left: TensorBoard scalars, logs, measured accuracies and evaluation. Two
 figures are written beside the report.
 """
 
@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 
-from eval import summarize  # noqa: E402
-from eval.reviews import RunError  # noqa: E402
 from training.embedded.quickstart import fine_tuning  # noqa: E402
 from training.embedded.quickstart.runs import SMOOTH, ReportError, Run, read_run, smooth  # noqa: E402
 
@@ -97,21 +95,16 @@ every other number are the same.
 
 
 def evaluation(folder: Path) -> str:
-    """What evalscope measured, and whether FP8 differs from BF16."""
-    try:
-        bf16, fp8 = (summarize.find(folder / "evaluation" / name) for name in ("BF16", "FP8"))
-        compared = summarize.compare(fp8, bf16)
-    except RunError as error:
-        raise ReportError(str(error)) from None
+    """The tables of eval/summarize.py."""
+    file = folder / "evaluation" / "summary.md"
+    if not file.is_file():
+        raise ReportError(f"{file}: expected the summary of the evaluation, found no such file")
     return f"""# Evaluation in miniature
 
 The model after RL, in BF16 and cast to FP8, behind `transformers serve`, measured by evalscope as `eval/aime24_eval.sh`
 measures the big models; the questions are held-out ones in the format of AIME.
 
-{chr(10).join(summarize.main_table(bf16 + fp8))}
-
-{chr(10).join(summarize.comparison_table(compared))}
-"""
+{file.read_text()}"""
 
 
 def following(folder: Path) -> str:
