@@ -12,7 +12,7 @@ find_evalscope() {
   local found fix="$PYTHON -m pip install -r requirements.txt"
   EVAL_PYTHON=$PYTHON
   if [[ $EVALSCOPE == 0.17.1 ]]; then
-    EVAL_PYTHON=${STRICT_VENV:-$REPO/.venv-strict}/bin/python fix='bash eval/setup_strict.sh'
+    EVAL_PYTHON=$STRICT_VENV/bin/python fix='bash eval/setup_strict.sh'
     [[ -x $EVAL_PYTHON ]] || { missing "EVALSCOPE: $EVALSCOPE has an environment of its own; run: $fix" && return; }
   fi
   found=$("$EVAL_PYTHON" -c 'from importlib.metadata import version; print(version("evalscope"))' 2>/dev/null) || found=none

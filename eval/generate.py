@@ -8,6 +8,7 @@ excluded instead; `evalscope eval ... --use-cache --rerun-review` grades them la
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from evalscope.api.metric import Score
@@ -29,5 +30,7 @@ def ungraded(
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     LiveCodeBenchAdapter.match_score = ungraded
     run_cmd()

@@ -11,17 +11,19 @@ usage() {
 usage: bash eval/isolate.sh DIRECTORY COMMAND...
 
 COMMAND works on a copy of DIRECTORY, which it sees in its place; if it succeeds, what it wrote comes back. All else is
-read-only. Docker if it has the image GRADER_IMAGE, else the kernel's user namespaces (unshare). Variables:
+read-only. Docker if it has the image GRADER_IMAGE, else the kernel's user namespaces (unshare).
 
-  ISOLATION       $ISOLATION: auto | docker | namespaces
-  GRADER_IMAGE    $GRADER_IMAGE: an image whose python3 has this evalscope
-  GRADE_TIMEOUT   $GRADE_TIMEOUT: seconds for all
-  GRADE_MEMORY_MB $GRADE_MEMORY_MB: of each process
-  GRADE_PROCESSES $GRADE_PROCESSES
+Variables, with their values here:
 TEXT
+  variable ISOLATION 'auto, docker or namespaces'
+  variable GRADER_IMAGE 'an image whose python3 has this evalscope'
+  variable GRADE_TIMEOUT 'seconds for all'
+  variable GRADE_MEMORY_MB 'of each process'
+  variable GRADE_PROCESSES 'at a time, at most'
+  variable DATASET_LOCAL 'directory with data that COMMAND reads'
 }
 
-: "${ISOLATION:=auto}" "${GRADER_IMAGE:=infir2}" "${GRADE_TIMEOUT:=86400}" "${GRADE_MEMORY_MB:=16384}" "${GRADE_PROCESSES:=1024}"
+: "${ISOLATION:=auto}" "${GRADER_IMAGE:=infir2-training:latest}" "${GRADE_TIMEOUT:=86400}" "${GRADE_MEMORY_MB:=16384}" "${GRADE_PROCESSES:=1024}"
 
 # inside WHERE DIRECTORY COMMAND...: in the namespaces, as their root, which outside is nobody special.
 inside() {

@@ -114,11 +114,11 @@ def check_answer(server: Server, model: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--url", required=True, help="of the server, without /v1")
+    parser.add_argument("--model", required=True, help="its name in requests")
     parser.add_argument("--worker", action="append", default=[], help="URL of a worker behind a router")
-    parser.add_argument("--pid", type=int)
-    parser.add_argument("--log", type=Path)
+    parser.add_argument("--pid", type=int, help="the process of the server: when it ends, so does the wait")
+    parser.add_argument("--log", type=Path, help="its output, for the message")
     parser.add_argument("--timeout", type=float, required=True, help="seconds")
     options = parser.parse_args(argv)
     server = Server(options.url, os.environ.get("API_KEY", "EMPTY"))

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154
-# One benchmark from its checks to its numbers: a server, evalscope, the summary. Sourced by the *_eval.sh scripts, which
-# set BENCHMARK and its numbers.
+# One benchmark from its checks to its numbers: a server, evalscope, the summary. Sourced by the *_eval.sh scripts,
+# which set BENCHMARK and its numbers.
 
 REPO=${HERE%/*}
 source "$REPO/scripts/lib/cli.sh"
@@ -13,24 +13,54 @@ usage() {
   cat <<TEXT
 usage: bash eval/${BENCHMARK}_eval.sh [options] [any flag of the server, passed through last]
 
+Starts a server, waits until it answers with this model, runs evalscope against it, stops the server, and prints the
+result with its confidence interval. The same command goes on after an interruption, and does nothing once it is done.
+sbatch eval/${BENCHMARK}_eval.sh does the same in a job; options of sbatch override the #SBATCH lines.
+
   --dry-run   print the checks' result and the exact commands, start nothing
   --help
 
-Starts a server, waits until it answers with this model, runs evalscope against it, stops the server, and prints the
-result with its confidence interval. The same command goes on after an interruption and does nothing once it is finished.
-sbatch eval/${BENCHMARK}_eval.sh does the same in a job; options of sbatch override the #SBATCH lines.
-Variables, with their values here:
-$(for name in "${USER_VARIABLES[@]}"; do printf '  %-22s %s\n' "$name" "${!name-}"; done)
-
-SERVER        sglang | transformers (transformers serve: small models, on a CPU too)
-SERVER_URL    a server that is running already; several, separated by spaces: sglang-router in front of them
-EVALSCOPE     $(tr '\n' ' ' <<<"${VERSIONS[*]}"): the first is the current release, the other one scores as the paper did
-SYSTEM_PROMPT another system prompt than the benchmark's; empty: none
-LABEL         what the result is called, for other data in this benchmark's format
-DATASET_LOCAL a directory with the benchmark's data, for machines without a network
-LIMIT         only the first so many questions; the result is then marked as not to be published
-ALLOW_CODE_EXECUTION=1  grade LiveCodeBench's programs, isolated; otherwise they are generated and kept
+Variables, with their values here. The model and its server:
 TEXT
+  variable MODEL_PATH 'checkpoint in the Hugging Face format; one in FP8 is served in FP8'
+  variable SERVED_NAME 'its name in requests and results'
+  variable SERVER 'sglang, or transformers: transformers serve, small models, on a CPU too'
+  variable SERVER_URL 'a server that is running already; several, separated by spaces: sglang-router before them'
+  variable TP_SIZE 'GPUs of one copy of the model'
+  variable DP_SIZE 'copies'
+  variable CONTEXT_LENGTH "tokens; empty: the model's max_position_embeddings"
+  variable MEM_FRACTION "share of a GPU's memory for weights and cache; empty: SGLang's choice"
+  variable MAX_RUNNING_REQUESTS "requests at a time; empty: SGLang's choice"
+  variable CHUNKED_PREFILL_SIZE 'tokens of a prompt in one step (sglang)'
+  variable DEVICE 'cpu, cuda or auto (transformers)'
+  variable API_PORT 'on 127.0.0.1; empty: a free one'
+  echo "  API_KEY                    of the server; a random one for a SGLang that is started here"
+  printf '\nThe benchmark and how it is asked:\n'
+  variable OUT_DIR 'one run; other settings need another one'
+  variable DATASET_LOCAL 'directory with the data, for machines without a network'
+  variable EVALSCOPE "release: ${VERSIONS[0]}, or ${VERSIONS[1]}, which scores as the paper did (eval/setup_strict.sh)"
+  variable GENERATED_NUM 'samples of a question'
+  variable MAX_NEW_TOKENS 'tokens of an answer, at most'
+  variable PROMPT_TOKENS 'tokens kept for a prompt'
+  variable TEMPERATURE 'of sampling'
+  variable TOP_P 'of sampling'
+  variable SYSTEM_PROMPT "instead of the benchmark's; set to nothing: none"
+  variable FEW_SHOT "worked examples before a question (gpqa); empty: the release's default"
+  variable LIMIT 'only the first so many questions; the result is then not to be published'
+  variable LABEL "what the result is called, for other data in this benchmark's format"
+  if [[ -n ${START_DATE-} ]]; then
+    variable START_DATE 'contests from'
+    variable END_DATE 'contests to'
+    variable ALLOW_CODE_EXECUTION "1: grade, that is run the model's programs, isolated (eval/isolate.sh); 0: only generate"
+    variable GRADERS 'programs that run at a time'
+  fi
+  printf '\nThe run:\n'
+  variable EVAL_BATCH 'questions at a time'
+  variable EVAL_TIMEOUT 'seconds for an answer'
+  variable READY_TIMEOUT 'seconds until the server must answer'
+  variable MIN_FREE_MB 'free space that OUT_DIR must have'
+  variable PYTHON 'interpreter with the packages of requirements.txt'
+  variable STRICT_VENV "environment of release ${VERSIONS[1]}"
 }
 
 # eval_settings: defaults of all variables.
@@ -39,17 +69,14 @@ eval_settings() {
   : "${SERVER_URL:=}" "${API_PORT:=}" "${API_KEY:=}" "${CONTEXT_LENGTH:=}" "${DATASET_LOCAL:=}"
   : "${EVALSCOPE:=${VERSIONS[0]}}" "${EVAL_TIMEOUT:=18000}" "${READY_TIMEOUT:=1800}" "${GRADERS:=1}"
   : "${MAX_RUNNING_REQUESTS:=}" "${CHUNKED_PREFILL_SIZE:=4096}" "${MEM_FRACTION:=}" "${ALLOW_CODE_EXECUTION:=0}"
-  : "${LABEL:=$BENCHMARK}" "${FEW_SHOT:=}"
+  : "${LABEL:=$BENCHMARK}" "${FEW_SHOT:=}" "${DEVICE:=auto}" "${MIN_FREE_MB:=1024}"
+  : "${STRICT_VENV:=$REPO/.venv-strict}"
   [[ -z $MODEL_PATH || ! -d $MODEL_PATH ]] || MODEL_PATH=$(cd "$MODEL_PATH" && pwd)
   : "${SERVED_NAME:=$(basename "${MODEL_PATH:-model}")}"
   : "${OUT_DIR:=$REPO/exp/eval/$SERVED_NAME/$BENCHMARK}"
   : "${SERVER:=$([[ -n $(command -v nvidia-smi) ]] && echo sglang || echo transformers)}"
   OUT_DIR=$(absolute "$OUT_DIR")
   default_python
-  USER_VARIABLES=(MODEL_PATH SERVED_NAME TP_SIZE DP_SIZE DATASET_LOCAL OUT_DIR SERVER SERVER_URL EVALSCOPE
-    MAX_NEW_TOKENS GENERATED_NUM TEMPERATURE TOP_P LIMIT PROMPT_TOKENS CONTEXT_LENGTH EVAL_BATCH EVAL_TIMEOUT
-    READY_TIMEOUT MAX_RUNNING_REQUESTS CHUNKED_PREFILL_SIZE MEM_FRACTION API_PORT API_KEY GRADERS
-    ALLOW_CODE_EXECUTION FEW_SHOT SYSTEM_PROMPT LABEL ${START_DATE+START_DATE} ${END_DATE+END_DATE} PYTHON)
 }
 
 check_settings() {
@@ -145,12 +172,12 @@ wait_for_client() {
   CLIENT=''
 }
 
-# client LOG COMMAND...: in a session of its own, watched.
+# client LOG COMMAND...: in a session of its own, watched. No colours and cursor movements in a log.
 client() {
   local log_fd
   exec {log_fd}> >(exec tee -aip "$1")
   TEE=$!
-  setsid setpriv --pdeathsig TERM "${@:2}" >&"$log_fd" 2>&1 {log_fd}>&- &
+  NO_COLOR=1 TQDM_POSITION=0 setsid setpriv --pdeathsig TERM "${@:2}" >&"$log_fd" 2>&1 {log_fd}>&- &
   CLIENT=$!
   exec {log_fd}>&-
   wait_for_client
@@ -211,7 +238,7 @@ check_room() {
   mkdir -p "$OUT_DIR" 2>/dev/null || die "OUT_DIR: cannot be made: $OUT_DIR"
   [[ -w $OUT_DIR ]] || die "OUT_DIR: cannot write to $OUT_DIR"
   free=$(df -Pm "$OUT_DIR" | awk 'END { print $4 }')
-  ((free >= ${MIN_FREE_MB:=1024})) || die "OUT_DIR: expected $MIN_FREE_MB MB of free space, found $free in $OUT_DIR"
+  ((free >= MIN_FREE_MB)) || die "OUT_DIR: expected $MIN_FREE_MB MB of free space, found $free in $OUT_DIR"
 }
 
 main "$@"

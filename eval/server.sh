@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154
-# The server of one evaluation: started in a session of its own, asked until it answers with the right model, and stopped.
+# The server of one evaluation: started in a session of its own, asked until it answers with the right model, stopped.
 
 # choose_port: from the job, so that two on one node differ; the next free one.
 choose_port() {
@@ -45,7 +45,7 @@ server_command() {
     MODEL_NAME=$OUT_DIR/model
     SERVER_COMMAND=(
       env HF_HUB_OFFLINE=1 "$PYTHON" -m transformers.cli.transformers serve "$MODEL_NAME"
-      --host 127.0.0.1 --port "$API_PORT" --device "${DEVICE:=auto}"
+      --host 127.0.0.1 --port "$API_PORT" --device "$DEVICE"
     )
   fi
   SERVER_COMMAND+=("${SERVER_FLAGS[@]}")

@@ -11,16 +11,10 @@ import sys
 import pytest
 
 from eval import check
-from tests.conftest import REPO
+from tests.conftest import PUBLISHED, REPO, hf_config, whole_block_splits
 from tests.eval import samples
 
-QWEN_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-}
+QWEN_7B = hf_config("qwen2.5-7B") | {"max_position_embeddings": 32768}
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
@@ -88,9 +82,11 @@ def test_sizes_that_do_not_fit(tmp_path, config, flags, line):
     assert refused(*sizes(model(tmp_path, **config), *flags)) == line
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_the_legal_splits_of_the_7b_in_fp8(tmp_path, parts):
-    assert check.main(sizes(model(tmp_path, **FP8), "--tensor-parallel", parts)) == 0
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_fp8_model_is_split_in_whole_blocks(tmp_path, name):
+    config = hf_config(name) | FP8 | {"max_position_embeddings": 32768}
+    passed = [n for n in range(1, 9) if check.main(sizes(model(tmp_path, **config), "--tensor-parallel", n)) == 0]
+    assert passed == whole_block_splits(name)
 
 
 def test_no_model(tmp_path):
