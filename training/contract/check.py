@@ -14,7 +14,7 @@ Exit status: 0 nothing wrong (warnings allowed), 1 at least one error, 2 this co
 Needs Python 3.10 and nothing else: no engine, no GPU.
 
 Examples:
-  check.py --program pretrain_gpt --world-size 8 --hf-config ~/Qwen2.5-7B -- "${ARGS[@]}"
+  check.py --program pretrain_gpt --world-size 8 --hf-config models/qwen2.5-7B -- "${ARGS[@]}"
   check.py --program pretrain_gpt -- --num-layers 28 --lr 1e-4 ...     one rank, as the embedded engine runs
   check.py --program slime --hf-config "$HF_CHECKPOINT" --scale-format fp32 -- "${ARGS[@]}"
   check.py --program slime --hf-config "$HF_CHECKPOINT" --print-scale-format     pow2, fp32 or bf16

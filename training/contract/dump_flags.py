@@ -5,7 +5,7 @@
     dump_flags.py --check            write nothing; exit 1 and name what differs from the recorded files
     dump_flags.py --sglang DIR --router DIR
                                      sglang and its router, too, from their unpacked wheels
-                                     (pip download --no-deps sglang==0.5.3.post3 sglang-router==0.2.1)
+                                     (pip download --no-deps sglang==0.5.3.post1 sglang-router==0.2.1)
 
 Runs on a CPU box with the packages of requirements.txt. Megatron's and slime's options come from their real argparse
 parsers. Those of the sglang server are read from its source, because importing it needs a GPU stack; slime then puts
@@ -30,7 +30,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 REPO = FOLDER.parents[1]
-SGLANG, ROUTER = "0.5.3.post3", "0.2.1"
+SGLANG, ROUTER = "0.5.3.post1", "0.2.1"
 KINDS = {
     "_StoreAction": "store",
     "_StoreTrueAction": "store_true",
@@ -284,8 +284,8 @@ def documents(sglang: Path | None, router: Path | None) -> dict[str, str]:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sglang", type=Path, help="unpacked wheel of sglang")
-    parser.add_argument("--router", type=Path, help="unpacked wheel of sglang-router")
+    parser.add_argument("--sglang", type=Path, metavar="DIR", help="unpacked wheel of sglang")
+    parser.add_argument("--router", type=Path, metavar="DIR", help="unpacked wheel of sglang-router")
     parser.add_argument("--check", action="store_true", help="compare with the recorded files, write nothing")
     options = parser.parse_args()
     different = []

@@ -86,6 +86,22 @@ def _quantization(setup: SlimeSetup, config: dict[str, Any], name: str) -> Itera
         ranks = f"{setup.rollout_num_gpus_per_engine} GPUs cut {BLOCK}-blocks"
         message = f"{ranks}: {', '.join(bad)} per GPU"
         yield Problem("error", "--rollout-num-gpus-per-engine", message, "sglang srt/layers/quantization/fp8.py")
+    yield from _mixed_blocks(setup)
+
+
+def _mixed_blocks(setup: SlimeSetup) -> Iterator[Problem]:
+    """Megatron's linear_qkv has the query, key and value rows of each group one after another, the engines' model has
+    all query rows in q_proj, and so on.  Only where both are whole blocks are their blocks the same.
+    """
+    s = setup.megatron
+    group = {"query": s.num_attention_heads // s.query_groups * s.head_dim, "key": s.head_dim, "value": s.head_dim}
+    if s.fp8 and s.fp8_recipe == "blockwise" and any(rows % BLOCK for rows in group.values()):
+        rows = ", ".join(f"{count} {name} rows" for name, count in group.items())
+        message = (
+            f"a group has {rows}: the trainer's {BLOCK}-blocks of linear_qkv hold other rows than the engines' of "
+            "q_proj, k_proj and v_proj, so some codes differ"
+        )
+        yield Problem("warning", "--num-query-groups", message, located("megatron/core/transformer/attention.py:995"))
 
 
 def engine_widths(setup: SlimeSetup) -> dict[str, float]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPO, ok, run
+from tests.conftest import REPO, model_args, ok, run
 from tests.training.contract.test_rules import BASE
 from tests.training.contract.test_slime_rules import RL
 from training.contract import check, contract
@@ -118,10 +118,7 @@ def test_the_rotary_base_of_the_original_is_caught(tmp_path):
 
 def test_embedding_rows_are_compared(tiny_data):
     argv = [
-        *"--num-layers 4 --hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 2".split(),
-        *"--group-query-attention --num-query-groups 1 --swiglu --add-qkv-bias --disable-bias-linear".split(),
-        *"--normalization RMSNorm".split(),
-        *"--norm-epsilon 1e-6 --position-embedding-type rope --rotary-base 10000 --max-position-embeddings 512".split(),
+        *model_args("qwen2.5-tiny"),
         *"--seq-length 128 --micro-batch-size 1 --lr 1 --train-iters 1 --bf16 --attention-dropout 0.0".split(),
         *"--hidden-dropout 0.0 --tokenizer-type HuggingFaceTokenizer".split(),
         *("--tokenizer-model", str(tiny_data / "tokenizer"), "--make-vocab-size-divisible-by"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, ok, run
+from tests.conftest import PUBLISHED, REPO, hf_config, ok, run, whole_block_splits
 from tests.tools import models
 from tests.training.contract import test_rules
 from training.contract import check, contract, fp8_scales, inert, rules, slime_inert, slime_rules
@@ -469,23 +469,23 @@ def test_engines_cut_no_block(tmp_path, change, widths):
     assert with_config(tmp_path, {**same, "quantization_config": FP8}, [*argv, *ONE_GPU]) == []
 
 
-QWEN = {  # config.json of Qwen2.5, as far as the two differ
-    "7B": {
-        **{"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
-        **{"vocab_size": 152064, "tie_word_embeddings": False},
-    },
-    "1.5B": {
-        **{"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
-        **{"vocab_size": 151936, "tie_word_embeddings": True},
-    },
-}
+def test_heads_that_are_no_blocks(tmp_path):
+    """The trainer's blocks of linear_qkv are then not those of q_proj, k_proj and v_proj."""
+    fp8 = shlex.split("--fp8-format e4m3 --fp8-recipe blockwise")
+    argv = [*command("-tensor-model-parallel-size -sequence-parallel --kv-channels 64"), *ONE_GPU]
+    change = {"head_dim": 64, "quantization_config": FP8}
+    assert with_config(tmp_path, change, argv) == []
+    (found,) = with_config(tmp_path, change, [*argv, *fp8])
+    assert found.startswith("warning: --num-query-groups: a group has 64 query rows, 64 key rows, 64 value rows")
+    assert with_config(tmp_path, {"head_dim": 64}, [*argv, *fp8]) == []  # engines in BF16
 
 
-@pytest.mark.parametrize(("model", "engines"), [("7B", (1, 2, 4)), ("1.5B", (1, 2))])
-def test_the_models_of_the_recipe(tmp_path, model, engines):
-    """The real model files, at scale: 4 nodes, TP 4 x CP 2 (7B), every size of engine that cuts no block."""
-    file = REPO / "scripts" / "models" / f"qwen2.5-{model}.sh"
-    words = ok(run("bash", "-c", 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}"', file)).stdout.split()
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_models_of_the_recipe(tmp_path, model):
+    """The real model files, at scale: 4 nodes, the largest TP x CP 2, every size of engine that cuts no block."""
+    file, sizes = REPO / "scripts" / "models" / f"{model}.sh", whole_block_splits(model)
+    show = 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}" "${VOCAB_ARGS[@]}"'
+    words = ok(run("bash", "-c", show, file)).stdout.split()
     words += shlex.split(
         f"{RUN} --actor-num-nodes 4 --actor-num-gpus-per-node 8 --colocate --prompt-data p.jsonl --input-key prompt"
         " --label-key label --apply-chat-template --rollout-shuffle --rm-type deepscaler --num-rollout 10240"
@@ -495,19 +495,18 @@ def test_the_models_of_the_recipe(tmp_path, model, engines):
         " --eps-clip-high 0.28 --use-tis --eval-interval 20 --eval-prompt-data aime aime.jsonl --eval-top-p 0.7"
         " --sglang-mem-fraction-static 0.5 --attention-dropout 0.0 --hidden-dropout 0.0 --bf16 --fp8-format e4m3"
         " --fp8-recipe blockwise --fp8-param-gather --transformer-impl transformer_engine --attention-backend flash"
-        " --sequence-parallel --context-parallel-size 2 --use-tensorboard --tb-project-name p"
+        f" --context-parallel-size 2 --tensor-model-parallel-size {max(sizes)} --use-tensorboard --tb-project-name p"
     )
-    words += ["--tensor-model-parallel-size", "4" if model == "7B" else "2"]
-    words += ["--vocab-size", str(QWEN[model]["vocab_size"])]
-    change = {**QWEN[model], "num_hidden_layers": 28, "max_position_embeddings": 32768, "quantization_config": FP8}
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    words += ["--sequence-parallel"] if max(sizes) > 1 else []
+    config = hf_config(model)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": FP8}))
     for size in (1, 2, 4, 8):
         argv = [*words, "--rollout-num-gpus-per-engine", str(size)]
         found = problems(argv, hf_config=str(tmp_path), strict=True, world_size=32)
-        if size in engines:
-            assert found == []
-        else:
-            assert {line.split(": ")[1] for line in found} == {"--rollout-num-gpus-per-engine"}
+        warned = {"--num-query-groups"} if head_dim % 128 else set()
+        cut = set() if size in sizes else {"--rollout-num-gpus-per-engine"}
+        assert {line.split(": ")[1] for line in found} == warned | cut
 
 
 # ---------------------------------------------------------------- FP8 scales
