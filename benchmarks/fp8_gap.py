@@ -18,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.embedded.quickstart.report import relative_gap  # noqa: E402
-from training.embedded.quickstart.runs import Run, read_run  # noqa: E402
+from training.embedded.quickstart.runs import Run, read_run, relative_gap  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 LAST = 50  # iterations of the "last" training loss
@@ -69,10 +68,10 @@ def spread(values: list[float]) -> float:
 def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="OUT_DIR of the quickstart: data/ and tokenizer/")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of scripts/quickstart.sh")
     parser.add_argument("--output", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1236, 1237, 1238])
-    parser.add_argument("--train-iters", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1236, 1237, 1238], help="(default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=400, help="of each run (default: %(default)s)")
     parser.add_argument("flags", nargs="*", help="further flags of the recipe, after --")
     options = parser.parse_args()
     if len(options.seeds) < 2:

@@ -20,8 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.embedded.quickstart.fine_tuning import RL_TAGS  # noqa: E402
-from training.embedded.quickstart.runs import Run, read_run  # noqa: E402
+from training.embedded.quickstart.runs import RL_TAGS, Run, read_run  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 OFF = ["--tis-clip", "1", "--tis-clip-low", "1"]

@@ -9,6 +9,7 @@ changes the training would make a rehearsal worthless.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,18 @@ def accept(program: Program, argv: Sequence[str]) -> tuple[argparse.Namespace, l
     if args.fp8 and args.fp8_recipe != "blockwise":
         errors.append(f"error: --fp8-recipe: the embedded engine emulates only blockwise, found {args.fp8_recipe}")
     return args, errors, inert
+
+
+def acting(program: Program) -> str:
+    """The flags that act here, for --help."""
+    flags = [
+        text
+        for option in contract.load(program.name).options
+        for text in option["options"][:1]
+        if option["dest"] in program.honoured
+    ]
+    heading = f"Flags of {program.upstream} that act here; others have no effect, which is said, or are refused:"
+    return f"\n{heading}\n{textwrap.fill(' '.join(sorted(flags)), 118, break_on_hyphens=False)}"
 
 
 def finish(errors: Sequence[str], inert: dict[str, list[str]], tell: Callable[[str], None]) -> None:

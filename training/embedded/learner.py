@@ -109,7 +109,9 @@ class Learner:
         args = self.args
         if args.use_dynamic_batch_size:
             lengths = [len(batch.tokens[index]) for index in step]
-            return [[step[i] for i in part] for part in packing.micro_batches(lengths, args.max_tokens_per_gpu)]
+            # slime/backends/megatron_utils/data.py:262: the GPUs of a context parallel group share a micro batch.
+            limit = args.max_tokens_per_gpu * args.context_parallel_size
+            return [[step[i] for i in part] for part in packing.micro_batches(lengths, limit)]
         size = args.micro_batch_size
         return [step[start : start + size] for start in range(0, len(step), size)]
 

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"], help="keys of the text; each gets its own .bin/.idx"
     )
-    parser.add_argument("--tokenizer-type", choices=["HuggingFaceTokenizer"], required=True)
+    parser.add_argument("--tokenizer-type", choices=["HuggingFaceTokenizer"], required=True, help="as the pinned tool")
     parser.add_argument("--tokenizer-model", required=True, help="directory of the tokenizer")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenizer threads")

@@ -181,8 +181,12 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__ + arguments.acting(arguments.PRETRAIN))
+        return 0
     try:
-        args = arguments.parse(sys.argv[1:] if argv is None else argv)
+        args = arguments.parse(argv)
         Trainer(args).train()
     except (TrainingError, CheckpointError) as error:
         print(error, file=sys.stderr)

@@ -26,7 +26,7 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 
 from tools.checkpoint.errors import CheckpointError  # noqa: E402
-from training.embedded import train_arguments  # noqa: E402
+from training.embedded import arguments, train_arguments  # noqa: E402
 from training.embedded.errors import TrainingError  # noqa: E402
 from training.embedded.learner import Learner  # noqa: E402
 from training.embedded.reporting import Recorder  # noqa: E402
@@ -147,8 +147,12 @@ class Run:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__ + arguments.acting(train_arguments.TRAIN))
+        return 0
     try:
-        args = train_arguments.parse(sys.argv[1:] if argv is None else argv)
+        args = train_arguments.parse(argv)
         train_arguments.choose_start(args)
         start_ray()
         Run(args).run()

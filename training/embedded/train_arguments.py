@@ -29,8 +29,8 @@ FINE_TUNING = """
     advantage_estimator rewards_normalization grpo_std_normalization
     eps_clip eps_clip_high use_tis tis_clip tis_clip_low entropy_coef
     use_kl_loss kl_loss_coef kl_loss_type kl_coef ref_load ref_ckpt_step
-    use_dynamic_batch_size max_tokens_per_gpu log_probs_max_tokens_per_gpu sglang_max_running_requests
-    save load save_interval save_retain_interval no_save_optim no_save_rng ckpt_format
+    use_dynamic_batch_size max_tokens_per_gpu context_parallel_size log_probs_max_tokens_per_gpu
+    sglang_max_running_requests save load save_interval save_retain_interval no_save_optim no_save_rng ckpt_format
     use_tensorboard tb_project_name tb_experiment_name
     use_wandb wandb_mode wandb_project wandb_group wandb_dir wandb_team wandb_random_suffix
     wandb_always_use_train_step
@@ -39,12 +39,13 @@ FINE_TUNING = """
 POSITIVE = """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
     rollout_batch_size n_samples_per_prompt global_batch_size micro_batch_size num_steps_per_rollout
-    over_sampling_batch_size num_rollout num_epoch max_tokens_per_gpu rollout_max_response_len eval_max_response_len
-    n_samples_per_eval_prompt eval_interval
+    over_sampling_batch_size num_rollout num_epoch max_tokens_per_gpu context_parallel_size rollout_max_response_len
+    eval_max_response_len n_samples_per_eval_prompt eval_interval
     """.split()
 
 INERT = {
-    **arguments.INERT,
+    # Of a context parallel group only the tokens of its micro batches are left here.
+    **{why: [dest for dest in inert if dest != "context_parallel_size"] for why, inert in arguments.INERT.items()},
     "one device: there is nothing to place, offload or balance": """
         actor_num_nodes actor_num_gpus_per_node num_gpus_per_node colocate offload balance_data rollout_num_gpus
         rollout_num_gpus_per_engine expert_model_parallel_size expert_tensor_parallel_size update_weight_buffer_size

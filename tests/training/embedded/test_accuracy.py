@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -128,7 +129,12 @@ def measured(monkeypatch, capsys, output: Path, checkpoint: Path, data: Path, *f
     assert accuracy.main() == 0
     result = json.loads(output.read_text())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) >= 4  # how far it is, from the first question on
+    questions = len(data.read_text().splitlines())
+    progress = re.compile(rf"{output.stem}: temperature [01], (\d+) of {questions} questions")
+    started = [progress.fullmatch(line) for line in lines[:-2]]
+    assert all(started) and [match[1] for match in started].count("0") == 2
+    lines = lines[-2:]
     for kind, line in zip(("greedy", "sampled"), lines, strict=True):
         (low, high), share = result[kind]["interval"], result[kind]["accuracy"]
         assert line.startswith(f"{output.stem}: {kind} accuracy {share:.1%} ({low:.1%} to {high:.1%}), ")

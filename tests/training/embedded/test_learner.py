@@ -191,6 +191,15 @@ def test_twice_the_micro_batches_double_the_gradient_of_a_per_token_loss(folder)
     assert two / one == pytest.approx(2.0, rel=2e-3) and four / one == pytest.approx(4.0, rel=2e-3)
 
 
+def test_context_parallel_gpus_share_a_micro_batch(folder):
+    batch = conversations(MIXED)
+    found = []
+    for limit, ranks in ((64, 1), (32, 2), (16, 4), (32, 1)):
+        flags = ["--max-tokens-per-gpu", limit, "--context-parallel-size", ranks]
+        found.append(learner_of(folder, *SFT8, *flags, kind=tiny.SFT)._micro_batches(batch, list(range(8))))
+    assert found[0] == found[1] == found[2] != found[3] and len(found[0]) == 4
+
+
 def test_micro_batches_of_a_fixed_size(folder):
     argv = tiny.argv(folder, *SFT8, "--micro-batch-size", 2, kind=tiny.SFT)
     learner = Learner(tiny.parse(tiny.without(argv, "--use-dynamic-batch-size", "--max-tokens-per-gpu")))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.scripts.launch import FINE_TUNING, command, original_command, program_arguments
+from tests.scripts.launch import FINE_TUNING, ORIGINALS, command, original_command, program_arguments
 from tests.training.embedded import tiny
 from tests.training.embedded.tiny import without
 from tools.checkpoint import torch_dist
@@ -19,7 +19,6 @@ from training.embedded.errors import TrainingError
 
 HERE = Path("/nowhere")
 OPTIONS = {option["dest"]: option for option in contract.load("slime").options}
-ORIGINALS = [name for name in FINE_TUNING if "tiny" not in name]
 
 
 def parse(*flags: object, kind: Sequence[object] = tiny.RL):
@@ -48,7 +47,7 @@ def test_every_recipe_is_accepted(script, tmp_path):
     assert any("one device" in line and "--actor-num-nodes" in line for line in told)
 
 
-@pytest.mark.parametrize("script", ORIGINALS)
+@pytest.mark.parametrize("script", [name for name in FINE_TUNING if name in ORIGINALS])
 def test_the_originals_need_their_named_changes_and_no_other(script):
     """max_position_embeddings is a placeholder in slime (set_default_megatron_args) and the model's here; slime, too,
     reads no directory of data; a KL term of coefficient 0 is the one thing that is refused.

@@ -84,6 +84,7 @@ def measure(checkpoint: Path, data: Path, options: argparse.Namespace) -> dict:
         together = max(1, options.batch // samples)
         means, lengths = [], []
         for start in range(0, len(rows), together):
+            print(f"{options.output.stem}: temperature {temperature:g}, {start} of {len(rows)} questions", flush=True)
             part = [prompt for prompt in prompts[start : start + together] for _ in range(samples)]
             seed = generation.seed_of(options.seed, temperature, start)
             drawn = generation.generate(engine.model, part, sampling, seed)
@@ -125,9 +126,9 @@ def main() -> int:
     parser.add_argument("--rm-type", default="deepscaler", help="the rule (default: %(default)s)")
     parser.add_argument("--samples", type=cli.positive, default=8, help="per question (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=cli.positive, default=96, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=cli.positive, default=96, help="of a response (default: %(default)s)")
     parser.add_argument("--batch", type=cli.positive, default=256, help="responses at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
     options = parser.parse_args()
     try:
         rewards.reward(options.rm_type, "", "")

@@ -3,7 +3,7 @@
 
     python training/embedded/quickstart/arithmetic.py --output-dir arithmetic --seed 1
 
-    pretrain.jsonl      {"text"}: worked sums as plain text, for continual pre-training beside the corpus
+    pretrain.jsonl      {"text"}: worked sums in varied wording, for continual pre-training beside the corpus
     sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 and 2 digits
     sft_stage2.jsonl    the same with 2 digits, and a share of wrong answers after right steps
     rl.jsonl            {"prompt", "label"}: every question once
@@ -30,6 +30,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+QUESTION = "What is {}?"
+WORDINGS = (  # of varied length, so that a model learns to look for the numbers and not so many tokens back
+    QUESTION,
+    "Add {}.",
+    "How much is {}?",
+    "Find {} and say how.",
+    "Work out {} column by column.",
+    "Someone asks for {}, and we start from the right.",
+    "Here is a sum, {}. What does it come to?",
+    "To add numbers such as {}, write one below the other and take the last digits first.",
+)
 SPLITS = (("held_out", 0.10), ("validation", 0.15), ("train", 1.0))  # upper ends of their shares of all pairs
 Row = dict[str, Any]
 Pair = tuple[int, int]
@@ -45,22 +56,31 @@ def split_of(a: int, b: int) -> str:
 
 def question(a: int, b: int) -> str:
     """What the user asks."""
-    return f"What is {a}+{b}?"
+    return QUESTION.format(f"{a}+{b}")
 
 
 def steps(a: int, b: int) -> str:
-    """The addition column by column from the right, each with the carry that it received: "7+8+0=15 3+4+1=8"."""
-    columns, carry = [], 0
-    for place in range(max(len(str(a)), len(str(b)))):
+    """The addition column by column from the right, each with the carry that it received: "5+8+0=13 3+4+1=8".
+
+    Two digits each, the carry and what stays, but for the last: the result begins with what comes out there.
+    """
+    columns, carry, places = [], 0, max(len(str(a)), len(str(b)))
+    for place in range(places):
         x, y = a // 10**place % 10, b // 10**place % 10
-        columns.append(f"{x}+{y}+{carry}={x + y + carry}")
+        width = 1 if place == places - 1 else 2
+        columns.append(f"{x}+{y}+{carry}={x + y + carry:0{width}}")
         carry = (x + y + carry) // 10
     return " ".join(columns)
 
 
+def worked(a: int, b: int) -> str:
+    """The sum and its steps, the same in pre-training and in what the assistant says, so that one carries over."""
+    return f" {a}+{b}: {steps(a, b)}"
+
+
 def answer(a: int, b: int, result: int) -> str:
-    """What the assistant says: steps as a thought, then the boxed result."""
-    return f"<think>{steps(a, b)}</think>\\boxed{{{result}}}"
+    """What the assistant says: the worked sum as a thought, then the boxed result."""
+    return f"<think>{worked(a, b)}</think>\\boxed{{{result}}}"
 
 
 def pairs(rng: random.Random, digits: tuple[int, ...], split: str = "train") -> Iterator[Pair]:
@@ -104,12 +124,16 @@ def wrong(rng: random.Random, result: int) -> int:
 
 def build(options: argparse.Namespace) -> dict[str, list[Row]]:
     """Every file, by name. A file's rows depend on the seed and its own size only."""
-    names = ("pretrain", "stage1", "stage2", "rl", "validation", "held_out")
+    names = ("pretrain", "wording", "stage1", "stage2", "rl", "validation", "held_out")
     rng = {name: random.Random(f"{options.seed} {name}") for name in names}
 
     def take(name: str, digits: tuple[int, ...], count: int) -> list[Pair]:
         source = pairs(rng[name], digits)
         return [next(source) for _ in range(count)]
+
+    def text(a: int, b: int) -> Row:
+        wording = rng["wording"].choice(WORDINGS).format(f"{a}+{b}")
+        return {"text": f"{wording}{worked(a, b)}, so {a + b}."}
 
     def problems(name: str, split: str, count: int) -> list[Row]:
         return [problem(a, b) for a, b in unique(pairs(rng[name], (2,), split), count)]
@@ -120,9 +144,7 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
 
     held_out = problems("held_out", "held_out", options.held_out)
     return {
-        "pretrain": [
-            {"text": f"{a}+{b}: {steps(a, b)}, so {a + b}."} for a, b in take("pretrain", (1, 2, 2), options.pretrain)
-        ],
+        "pretrain": [text(a, b) for a, b in take("pretrain", (1, 2, 2), options.pretrain)],
         "sft_stage1": [conversation(a, b, a + b) for a, b in take("stage1", (1, 2, 2), options.stage1)],
         "sft_stage2": [stage2(a, b) for a, b in take("stage2", (2,), options.stage2)],
         "rl": problems("rl", "train", options.rl),
@@ -137,9 +159,9 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
 def main() -> int:
     """Write the directory whole, or not at all. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    sizes = {"pretrain": 15000, "stage1": 6400, "stage2": 1600, "rl": 3200, "validation": 64}
+    parser.add_argument("--output-dir", type=Path, required=True, help="directory to make")
+    parser.add_argument("--seed", type=int, default=1, help="of all rows (default: %(default)s)")
+    sizes = {"pretrain": 15000, "stage1": 1600, "stage2": 800, "rl": 3200, "validation": 64}
     sizes |= {"held-out": 200, "benchmark": 50}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")

@@ -2,99 +2,89 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
-from training.embedded.quickstart.runs import SMOOTH, ReportError, Run, read_run, smooth
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-# Name of the accuracy file -> what the table says.
-STAGES = {
-    "cpt_fp8": "after pre-training",
-    "sft_scratch2": "SFT from random weights, both stages",
-    "sft_stage1": "SFT stage 1",
-    "sft_stage2": "SFT stage 2",
-    "sft_stage2_fp8": "SFT stage 2, cast to FP8",
-    "rl_stage1": "RL stage 1",
-    "rl_stage2": "RL stage 2",
-}
-SFT_TAGS = ("train/loss", "train/grad_norm")
-RL_TAGS = (
-    *("rollout/raw_reward_drawn", "rollout/response_lengths", "rollout/mult_prob_error", "rollout/kl_to_trainer"),
-    *("train/tis", "train/pg_clipfrac", "train/entropy_loss", "train/grad_norm", "eval/arithmetic"),
-)
+from training.embedded.quickstart import md
+from training.embedded.quickstart.figures import INK, Panel, curve
+from training.embedded.quickstart.runs import SMOOTH, STAGES, Quickstart, Run, joined
 
 
-def read_accuracy(folder: Path) -> dict[str, dict]:
-    """What accuracy.py measured, by stage. Raises ReportError naming a file that is missing."""
-    found = {}
-    for name in STAGES:
-        file = folder / f"{name}.json"
-        if not file.is_file():
-            raise ReportError(f"{file}: expected the accuracy of this stage, found no such file")
-        found[name] = json.loads(file.read_text())
-    return found
+def with_interval(measured: dict[str, Any]) -> str:
+    """An accuracy and its 95 % interval, in percent."""
+    low, high = (100 * end for end in measured["interval"])
+    return f"{measured['accuracy']:.1%} {md.together(f'({low:.1f} to {high:.1f})')}"
 
 
-def gain(accuracy: dict[str, dict]) -> tuple[float, bool]:
+def gain(run: Quickstart) -> tuple[float, bool]:
     """(points of sampled accuracy that RL added, whether the intervals of its start and its end lie apart).
 
     RL starts from the FP8 model, which is what generates.
     """
-    start, end = accuracy["sft_stage2_fp8"]["sampled"], accuracy["rl_stage2"]["sampled"]
+    start, end = run.accuracy["sft_stage2_fp8"]["sampled"], run.accuracy["rl_stage2"]["sampled"]
     return 100 * (end["accuracy"] - start["accuracy"]), end["interval"][0] > start["interval"][1]
 
 
-def section(folder: Path, image: str) -> str:
-    """Markdown of the fine-tuning stages of a quickstart in `folder`."""
-    accuracy = read_accuracy(folder / "accuracy")
-    rl = [read_run(folder / name, RL_TAGS) for name in ("rl_stage1", "rl_stage2")]
+def accuracies(run: Quickstart) -> str:
+    """Markdown of the table of all stages."""
+    last, ours, scratch = (run.accuracy[name] for name in ("rl_stage2", "sft_stage2", "sft_scratch2"))
+    kinds = ("greedy", "sampled")
     rows = []
     for name, title in STAGES.items():
-        cells = []
-        for kind in ("greedy", "sampled"):
-            low, high = accuracy[name][kind]["interval"]
-            cells.append(f"{accuracy[name][kind]['accuracy']:.1%} ({low:.1%} to {high:.1%})")
-        rows.append(f"| {title} | {accuracy[name]['format']} | {' | '.join(cells)} |")
-    points, apart = gain(accuracy)
-    first = accuracy["rl_stage2"]
-    stages = [
-        f"| {number} | {len(run.values('train/tis'))} | {_ends(run, 'rollout/raw_reward_drawn', '.1%')} "
-        f"| {_ends(run, 'rollout/response_lengths', '.1f')} | {run.values('rollout/mult_prob_error').mean():.4f} "
-        f"| {run.values('rollout/kl_to_trainer').mean():.1e} | {run.values('train/tis').mean():.4f} |"
-        for number, run in enumerate(rl, 1)
-    ]
-    return f"""# Fine-tuning in miniature
+        one = run.accuracy[name]
+        form = "" if one["format"] == "BF16" else f" to {one['format']}"
+        rows.append([title + form, *(with_interval(one[kind]) for kind in kinds)])
+    points, apart = gain(run)
+    return f"""## Accuracy after every stage
 
-The task is addition of two numbers of two digits, worked out column by column, with a boxed answer. Training,
-validation and held-out questions are split by a hash of the two numbers: no pair is in two of them, in either order.
+Exact answers to {last["questions"]} held-out questions with 95 % intervals; sampled means {
+        last["sampled"]["samples"]
+    } answers a question at
+temperature {last["sampled"]["temperature"]:g}.
+
+{md.table(["after", *kinds], rows, numbers=2)}
+
+- Pre-training: the same two SFT stages reach {ours["greedy"]["accuracy"]:.1%} greedy from the pre-trained model and
+  {scratch["greedy"]["accuracy"]:.1%} from random weights.
+- RL changed sampled accuracy by {points:+.1f} points; the intervals of its start and its end {
+        "do not overlap" if apart else "overlap: with this few questions nothing is shown"
+    }.
+"""
+
+
+def section(run: Quickstart, image: str) -> str:
+    """Markdown of SFT and RL, with the figure in the file `image`."""
+    header = ["RL stage", "rollouts", "reward of all samples drawn", "response tokens"]
+    rows = [
+        [
+            str(number),
+            str(len(one.values("train/tis"))),
+            _ends(one, "rollout/raw_reward_drawn", ".1%"),
+            _ends(one, "rollout/response_lengths", ".1f"),
+            f"{one.values('rollout/mult_prob_error').mean():.4f}",
+            f"{one.values('rollout/kl_to_trainer').mean():.1e}",
+            f"{one.values('train/tis').mean():.4f}",
+        ]
+        for number, one in enumerate(run.rl, 1)
+    ]
+    return f"""## SFT and RL
+
+The task is addition of two numbers of two digits, worked out column by column, with a boxed answer. Four fifths of what
+pre-training reads are such sums with right answers, in eight wordings, as plain text and not as a conversation.
+Training, validation and held-out questions are split by a hash of the two numbers: no pair is in two of them, in either
+order, and what is pre-trained on is of the training pairs.
 In the data of SFT stage 2 **half of the answers are wrong on purpose**, after right steps: a model that has learned
 from it answers right only part of the time when it samples, which is what RL with verifiable rewards can repair.
 
-Exact-match accuracy on {first["questions"]} held-out questions with 95 % intervals; sampled means
-{first["sampled"]["samples"]} answers a question at temperature {first["sampled"]["temperature"]:g}:
+Rollouts ran on weights in 128x128 FP8 blocks, the trainer on its own emulated FP8. What each stage did in its first
+and last {SMOOTH // 2} rollouts, and how far the two policies were apart (mean of exp abs log ratio, KL, mean ratio):
 
-| after | format | greedy | sampled |
-|---|---|---|---|
-{chr(10).join(rows)}
+{md.table([*header, "mult. prob. error", "KL", "TIS ratio"], rows, numbers=6)}
 
-- RL raised sampled accuracy by {points:.1f} points; the intervals of its start and its end {
-        "do not overlap" if apart else "overlap: with this few questions nothing is shown"
-    }.
-- Rollouts ran on weights in 128x128 FP8 blocks, the trainer on its own emulated FP8. What each stage did in its first
-  and last {SMOOTH // 2} rollouts, and how far the two policies were apart (mean of exp abs log ratio, KL, mean ratio):
-
-| RL stage | rollouts | reward of all samples drawn | response tokens | mult. prob. error | KL | TIS ratio |
-|---|---|---|---|---|---|---|
-{chr(10).join(stages)}
-
-![losses of SFT, rewards and mismatch of RL]({image})
+{md.image(panels(run), image)}
 """
 
 
@@ -104,38 +94,63 @@ def _ends(run: Run, tag: str, form: str) -> str:
     return f"{format(values[:count].mean(), form)} to {format(values[-count:].mean(), form)}"
 
 
-def figure(folder: Path, output: Path) -> None:
-    """SFT losses beside those from random weights, and RL's rewards and mismatch, both stages in a row."""
-    plots, axes = plt.subplots(3, 1, figsize=(8, 9), layout="constrained")
-    for names, label, colour in (
-        (("sft_stage1", "sft_stage2"), "from the pre-trained model", "tab:blue"),
-        (("sft_scratch1", "sft_scratch2"), "from random weights", "tab:gray"),
-    ):
-        loss = _joined([read_run(folder / name, SFT_TAGS) for name in names], "train/loss")
-        axes[0].plot(loss, color=colour, alpha=0.25, linewidth=0.8)
-        axes[0].plot(smooth(loss), color=colour, label=label)
-    rl = [read_run(folder / name, RL_TAGS) for name in ("rl_stage1", "rl_stage2")]
-    reward = _joined(rl, "rollout/raw_reward_drawn")
-    axes[1].plot(reward, color="tab:orange", alpha=0.3, linewidth=0.8)
-    axes[1].plot(smooth(reward), color="tab:orange", label="training questions")
+def _stages(axes: Axes, runs: Sequence[Run], tag: str, colour: str, label: str | None) -> None:
+    """One stage after another; a mean never spans two."""
     start = 0
-    for number, run in enumerate(rl):
-        steps, values = run.series["eval/arithmetic"]
-        axes[1].plot(start + steps, values, "o", color="tab:green", label=None if number else "validation questions")
-        start += len(run.values("train/tis"))
-    axes[2].plot(_joined(rl, "rollout/mult_prob_error") - 1.0, color="tab:red", label="mult. prob. error - 1")
-    axes[2].plot(_joined(rl, "rollout/kl_to_trainer"), color="tab:purple", label="KL(rollout, trainer)")
-    axes[0].set(ylabel="SFT loss (nats per token)", xlabel="step", title="SFT and RL, both stages one after another")
-    axes[1].set(ylabel="reward", xlabel="rollout")
-    axes[2].set(ylabel="FP8 rollout against trainer", xlabel="rollout", yscale="log")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend()
-    partial = output.with_name(f".{output.name}.partial.png")
-    plots.savefig(partial, dpi=120)
-    plt.close(plots)
-    os.replace(partial, output)
+    for run in runs:
+        values = run.values(tag)
+        curve(axes, values, colour, label, start + np.arange(len(values)))
+        start, label = start + len(values), None
 
 
-def _joined(runs: list[Run], tag: str) -> np.ndarray:
-    return np.concatenate([run.values(tag) for run in runs])
+def panels(run: Quickstart) -> list[Panel]:
+    """SFT losses beside those from random weights, and RL's rewards and mismatch, both stages in a row."""
+
+    def losses(axes: Axes) -> None:
+        _stages(axes, run.scratch, "train/loss", "gray", "from random weights")
+        _stages(axes, run.sft, "train/loss", "blue", "from the pre-trained model")
+        axes.set(ylabel="loss, nats per token", xlabel="step", yscale="log")
+        axes.legend()
+
+    def rewards(axes: Axes) -> None:
+        _stages(axes, run.rl, "rollout/raw_reward_drawn", "orange", "training questions")
+        start = 0
+        for number, one in enumerate(run.rl):
+            steps, values = one.series["eval/arithmetic"]
+            label = None if number else "validation questions"
+            axes.plot(start + steps, values, "o", markersize=4, color=INK["green"], label=label)
+            start += len(one.values("train/tis"))
+        axes.set(ylabel="reward", xlabel="rollout")
+        axes.legend()
+
+    def mismatch(axes: Axes) -> None:
+        for tag, offset, colour, label in (
+            ("rollout/mult_prob_error", 1.0, "red", "mult. prob. error - 1"),
+            ("rollout/kl_to_trainer", 0.0, "purple", "KL(rollout, trainer)"),
+        ):
+            axes.plot(joined(run.rl, tag) - offset, color=INK[colour], label=label)
+        axes.set(ylabel="distance", xlabel="rollout", yscale="log")
+        axes.legend()
+
+    validation = [one.values("eval/arithmetic") for one in run.rl]
+    return [
+        Panel(
+            "Loss in SFT, stage 1 then 2",
+            f"at the end {joined(run.sft, 'train/loss')[-1]:.3f} from the pre-trained model, "
+            f"{joined(run.scratch, 'train/loss')[-1]:.3f} from random weights",
+            losses,
+        ),
+        Panel(
+            "Reward in RL, stage 1 then 2",
+            f"samples of training questions from {_ends(run.rl[0], 'rollout/raw_reward_drawn', '.0%')} in stage 1, "
+            f"{_ends(run.rl[1], 'rollout/raw_reward_drawn', '.0%')} in stage 2; "
+            f"validation questions from {validation[0][0]:.0%} to {validation[1][-1]:.0%}",
+            rewards,
+        ),
+        Panel(
+            "FP8 rollouts against the trainer",
+            f"mean KL {joined(run.rl, 'rollout/kl_to_trainer').mean():.1e}, "
+            f"mean mult. prob. error {joined(run.rl, 'rollout/mult_prob_error').mean():.4f}",
+            mismatch,
+        ),
+    ]

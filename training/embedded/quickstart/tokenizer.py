@@ -83,8 +83,8 @@ def main() -> None:
     """Write the directory whole, or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help='{"text"} or {"messages"} a line')
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--output-dir", type=Path, required=True, help="directory to make")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("model_args", nargs="+", metavar="MODEL_ARGS", help="Megatron's model flags, after --")
     options = parser.parse_args()
     args, _, problems = contract.parse(contract.load("pretrain_gpt"), options.model_args)
