@@ -10,6 +10,8 @@ source "${REPO}/scripts/lib/cli.sh"
 source "${REPO}/scripts/lib/venv.sh"
 # shellcheck source=scripts/lib/launch.sh
 source "${REPO}/scripts/lib/launch.sh"
+# shellcheck source=scripts/lib/progress.sh
+source "${REPO}/scripts/lib/progress.sh"
 # shellcheck source=scripts/models/qwen2.5-tiny.sh
 source "${REPO}/scripts/models/qwen2.5-tiny.sh"
 
@@ -17,6 +19,25 @@ source "${REPO}/scripts/models/qwen2.5-tiny.sh"
 readonly STAGES=(
   install corpus arithmetic tokenizer data cpt_fp8 cpt_bf16 sft_stage1 sft_stage2 sft_scratch rollout_model rl_stage1
   rl_stage2 accuracy evaluation report
+)
+# What a stage does, and how long on two cores.
+declare -rA ABOUT=(
+  [install]='the pinned packages into .venv; minutes the first time, most of them for PyTorch'
+  [corpus]='real text, the docstrings of installed packages; seconds'
+  [arithmetic]='sums with worked steps for SFT, RL and evaluation; seconds'
+  [tokenizer]='a tokenizer for this text; seconds'
+  [data]='text and sums as tokens; 15 s'
+  [cpt_fp8]='pre-training with FP8 linear layers; 3 to 4 min'
+  [cpt_bf16]='the same in BF16, to compare with; 3 min'
+  [sft_stage1]='fine-tuning on worked sums; 1 min'
+  [sft_stage2]='fine-tuning on harder sums, half of the answers wrong on purpose; 1 min'
+  [sft_scratch]='both again from random weights: what pre-training is worth; 2 min'
+  [rollout_model]='the model cast to 128x128 FP8 blocks, for rollouts; seconds'
+  [rl_stage1]='reinforcement learning with FP8 rollouts; 2 min'
+  [rl_stage2]='the same with longer answers at a higher temperature; 2 to 3 min'
+  [accuracy]='the model after each stage, on held-out sums; 3 min'
+  [evaluation]='the last model behind a server, in BF16 and in FP8, by evalscope; 2 to 3 min'
+  [report]='curves, tables and what to do next, on one page; seconds'
 )
 
 OUT="${OUT_DIR:-${REPO}/exp/quickstart}"
@@ -30,8 +51,9 @@ usage: bash scripts/quickstart.sh [options] [-- flags for the CPT recipe]
 
 Installs into .venv and takes a tiny Qwen2.5 through the recipe: pre-training in FP8, and in BF16 beside it; SFT in two
 stages, and from random weights beside it; the cast to FP8; RL in two stages with FP8 rollouts; evaluation of the result
-in BF16 and FP8 behind a server. Ends with exp/quickstart/report.md: curves, and held-out accuracy after each stage.
-Interrupt it at any time: the same command goes on where it stopped, and does nothing when all is done.
+in BF16 and FP8 behind a server. Ends with exp/quickstart/report.html, one page: held-out accuracy after each stage,
+curves, FP8 beside BF16; report.md is the same text. Interrupt it at any time: the same command goes on where it
+stopped, and does nothing when all is done. What the stages print goes to exp/quickstart/quickstart.log.
 
   --list          name the stages
   --from STAGE    start at STAGE
@@ -44,13 +66,20 @@ environment:
   OUT_DIR         where everything goes (default exp/quickstart)
   SEED            of data, weights and rollouts (default 1236)
   SFT_FLAGS, RL_FLAGS, ARITHMETIC_FLAGS  further flags for these recipes and for the data, separated by spaces
+  PROGRESS_SECONDS  between two lines of progress where there is no terminal (default 15)
   PYTHON          the Python that .venv is made with (default python3; 3.10 to 3.12)
   TORCH_INDEX_URL package index of the torch build, e.g. https://download.pytorch.org/whl/cpu
 TEXT
 }
 
 result_install() { echo "${VENV}/.requirements.txt.installed"; }
-stage_install() { ensure_venv requirements.txt; }
+stage_install() {
+  if [[ ${DRY_RUN} == 1 ]]; then
+    run "${PYTHON_VENV}" -m pip install -r "${REPO}/requirements.txt"
+  else
+    PIP_VERBOSE=1 ensure_venv requirements.txt  # verbose and, as ensure_venv has it, quiet: what pip prints on its own
+  fi
+}
 
 result_corpus() { echo "${OUT}/corpus.jsonl"; }
 stage_corpus() { run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/corpus.py" --output "${OUT}/corpus.jsonl"; }
@@ -87,7 +116,7 @@ stage_cpt_bf16() { pretrain cpt_bf16 bf16; }
 pretrain() {
   run env PRECISION="$2" OUT_DIR="${OUT}/$1" TOKENIZER_MODEL="${OUT}/tokenizer" PYTHON="${PYTHON_VENV}" \
     bash "${REPO}/scripts/CPT/InfiR2_CPT_FP8_tiny.sh" --from-scratch --seed "${SEED}" \
-    --data-path 0.5 "${OUT}/data/text_text_document" 0.5 "${OUT}/data/sums_text_document" \
+    --data-path 0.2 "${OUT}/data/text_text_document" 0.8 "${OUT}/data/sums_text_document" \
     ${CPT_FLAGS[@]+"${CPT_FLAGS[@]}"} "${@:3}"
 }
 
@@ -160,7 +189,7 @@ stage_evaluation() {
   run "${PYTHON_VENV}" "${REPO}/eval/summarize.py" "${OUT}/evaluation/FP8" --against "${OUT}/evaluation/BF16" \
     --output "${OUT}/evaluation"
 }
-# The held-out questions in the format of AIME, through evalscope and a server, as eval/*_eval.sh measure the big models.
+# The held-out questions in the format of AIME, by evalscope and a server, as eval/*_eval.sh measure the big models.
 evaluate() {
   run env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic \
     DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}" \
@@ -168,9 +197,10 @@ evaluate() {
     bash "${REPO}/eval/aime24_eval.sh"
 }
 
-result_report() { echo "${OUT}/report.md"; }  # and its figures
+result_report() { echo "${OUT}/report.html"; }  # written last, after report.md and its figures
 stage_report() {
-  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" --quickstart "${OUT}" --output "${OUT}/report.md"
+  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" \
+    --quickstart "${OUT}" --output "${OUT}/report.html"
 }
 
 # run COMMAND...: prints it under --dry-run.
@@ -183,14 +213,72 @@ run() {
   fi
 }
 
-# finished STAGE: nothing is left to do for it. Results appear whole, so one that is there is complete; whether a run is,
-# its launcher knows.
+# invocation: the command of this call, as far as results depend on it.
+invocation() {
+  local name words=()
+  for name in OMP_NUM_THREADS SFT_FLAGS RL_FLAGS ARITHMETIC_FLAGS; do
+    [[ -z ${!name:-} ]] || words+=("${name}=${!name@Q}")
+  done
+  words+=("SEED=${SEED}" bash scripts/quickstart.sh)
+  ((${#CPT_FLAGS[@]} == 0)) || words+=(-- "${CPT_FLAGS[@]@Q}")
+  echo "${words[*]//$'\n'/ }"
+}
+
+# record STAGE SECONDS: for the report.
+record() {
+  local commit
+  commit="$(git -C "${REPO}" describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null)" || commit=unknown
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "${commit}" "$(invocation)" >>"${OUT}/stages.tsv"
+}
+
+# work STAGE: what it prints goes to the log, and how far it is to whoever watches. Sets STATUS.
+work() {
+  local from
+  printf '== %s, %(%F %T)T\n' "$1" -1 >>"${LOG}"
+  from="$(stat -c %s "${LOG}")"
+  start_progress "${LOG}" "${from}"
+  set +e  # a function that is tested, as in `if` or `||`, would go on after an error
+  (
+    set -e
+    "stage_$1"
+  ) >>"${LOG}" 2>&1
+  STATUS=$?
+  set -e
+  stop_progress
+  SHOWN="$(tail -c "+$((from + 1))" "${LOG}" | tr '\r' '\n' | tr -d '\0')"
+}
+
+# had_nothing_to_do STAGE: so said its launchers.
+had_nothing_to_do() {
+  [[ $1 == @(cpt|sft|rl)_* ]] && grep -aq '^nothing to do: ' <<<"${SHOWN}" && ! grep -aq '^done: ' <<<"${SHOWN}"
+}
+
+# fail STAGE: with the end of what it said; whoever stopped it knows why.
+fail() {
+  if ((STATUS > 128)); then
+    printf 'stopped in stage %s: %s\n' "$1" "$(tail -n 1 <<<"${SHOWN}")" >&2
+  else
+    tail -n 15 <<<"${SHOWN}" >&2
+    printf 'error: stage %s failed with status %s; all that it printed: %s\n' "$1" "${STATUS}" "${LOG}" >&2
+  fi
+  exit "${STATUS}"
+}
+
+# leave: however this ends. One Ray serves all stages, started by the first that needs it.
+leave() {
+  [[ -z ${STAGE} ]] || record "${STAGE}" "$((SECONDS - STARTED))"
+  stop_progress
+  RAY_TEMP_DIR="${RAY_TEMP_DIR}" PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/ray_stop.sh" >/dev/null 2>&1 || true
+}
+
+# finished STAGE: nothing is left to do for it. Results appear whole, so one that is there is complete; whether a run
+# is, its launcher knows.
 finished() {
   local result tracker
   result="$("result_$1")"
   case "$1" in
     cpt_* | sft_* | rl_*) return 1 ;;
-    install) ensure_venv requirements.txt ;;
+    install) venv_ready requirements.txt ;;
     report)
       [[ -e ${result} ]] || return
       for tracker in "${OUT}"/*/checkpoints/latest_checkpointed_iteration.txt "${OUT}"/accuracy/*.json \
@@ -203,7 +291,7 @@ finished() {
 }
 
 main() {
-  local from="" only="" again=0 reached=0 chosen=() stage seconds number=0 arguments=("$@")
+  local from="" only="" again=0 reached=0 chosen=() stage number=0 arguments=("$@")
   DRY_RUN=0
   while (($#)); do
     case "$1" in
@@ -231,8 +319,9 @@ main() {
     mkdir -p "${OUT}"
     OUT="$(cd "${OUT}" && pwd)"
     hold_lock "${OUT}/.lock" ${arguments[@]+"${arguments[@]}"}
-    # One Ray for all stages, started by the first that needs it.
-    trap 'RAY_TEMP_DIR="${RAY_TEMP_DIR}" PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/ray_stop.sh" >/dev/null 2>&1 || true' EXIT
+    LOG="${OUT}/quickstart.log" STAGE=''
+    export PYTHONUNBUFFERED=1  # or the log would lag behind
+    trap leave EXIT
   fi
   RAY_TEMP_DIR="/tmp/infir2-${UID}/$(cksum <<<"${OUT}" | cut -d ' ' -f 1)"
   if [[ ${DRY_RUN} == 0 && ${again} == 1 ]]; then
@@ -240,27 +329,47 @@ main() {
       [[ ${stage} != "${chosen[0]}" ]] || reached=1
       [[ ${reached} == 1 && ${stage} != install ]] || continue
       rm -rf "$("result_${stage}")"
+      [[ ! -e ${OUT}/stages.tsv ]] || sed -i "/^${stage}\t/d" "${OUT}/stages.tsv"
       case "${stage}" in
         data) rm -rf "${OUT}/data" ;;
         sft_scratch) rm -rf "${OUT}/random" "${OUT}/sft_scratch1" ;;
         accuracy) rm -rf "${OUT}/accuracy" "${OUT}"/{cpt_fp8,sft_stage1,sft_scratch2,rl_stage1,rl_stage2}_hf ;;
         evaluation) rm -rf "${OUT}/evaluation" "${OUT}/rl_stage2_fp8" ;;
         rollout_model) rm -rf "${OUT}/sft_stage2_hf" ;;
-        report) rm -f "${OUT}"/report*.png ;;
+        report) rm -f "${OUT}"/report*.png "${OUT}/report.md" ;;
       esac
     done
   fi
   for stage in "${chosen[@]}"; do
     number=$((number + 1))
-    seconds=${SECONDS}
     if [[ ${DRY_RUN} == 0 ]] && finished "${stage}"; then
       echo "== ${number}/${#chosen[@]} ${stage}: done before"
       continue
     fi
-    echo "== ${number}/${#chosen[@]} ${stage}"
-    "stage_${stage}"
-    [[ ${DRY_RUN} == 1 ]] || echo "== ${stage} took $((SECONDS - seconds)) s"
+    echo "== ${number}/${#chosen[@]} ${stage}: ${ABOUT[${stage}]}"
+    if [[ ${DRY_RUN} == 1 ]]; then
+      "stage_${stage}"
+    else
+      STARTED=${SECONDS} STAGE="${stage}"
+      work "${stage}"
+      ((STATUS == 0)) || fail "${stage}"
+      if had_nothing_to_do "${stage}"; then
+        echo "== ${stage}: done before"
+      else
+        echo "== ${stage} took $(clock "$((SECONDS - STARTED))")"
+        record "${stage}" "$((SECONDS - STARTED))"
+      fi
+      STAGE=''
+    fi
   done
+  [[ ${DRY_RUN} == 1 || ${chosen[-1]} != report ]] || conclude
+}
+
+# conclude: what came out (the list at the head of the report), and where it is.
+conclude() {
+  echo
+  sed -n '/^## /q; s/^- //p' "${OUT}/report.md"
+  printf 'report: %s, one file for any browser\n' "${OUT}/report.html"
 }
 
 main "$@"

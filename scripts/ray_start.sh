@@ -16,22 +16,21 @@ usage: bash scripts/ray_start.sh [options] [-- more flags of ray start]
   --help
 
 The same command again does nothing while the cluster answers, and replaces one that was killed. The addresses are
-printed and kept in RAY_TEMP_DIR/head. scripts/ray_stop.sh stops it. Variables, with their values here:
+printed and kept in RAY_TEMP_DIR/head. scripts/ray_stop.sh stops it.
 
-  MASTER_ADDR               $MASTER_ADDR: IP address of the head; for 127.0.0.1 Ray takes its address to the outside
-  RAY_PORT                  $RAY_PORT: port of the GCS, which workers join
-  RAY_DASHBOARD_HOST        $RAY_DASHBOARD_HOST: from where jobs, that is any program, can be submitted; 0.0.0.0: from all
-                            machines that reach this one
-  RAY_DASHBOARD_PORT        $RAY_DASHBOARD_PORT: port of the dashboard and job server
-  RAY_AUTH_MODE             $RAY_AUTH_MODE: with token, whoever has the cluster's token (~/.ray/auth_token), and no other user;
-                            then export it for workers and launchers too
-  NUM_GPUS                  $NUM_GPUS
-  NUM_CPUS                  ${NUM_CPUS:-all}
-  RAY_TEMP_DIR              $RAY_TEMP_DIR: sockets and logs; one directory is one head or worker
-  RAY_JOB_STOP_WAIT_TIME_S  $RAY_JOB_STOP_WAIT_TIME_S: from SIGTERM to SIGKILL for a job that is told to stop
-  RAY_START_TIMEOUT         $RAY_START_TIMEOUT: seconds that a worker waits for its head
-  PYTHON                    $PYTHON
+Variables, with their values here:
 EOF
+  variable MASTER_ADDR 'IP address of the head; for 127.0.0.1 Ray takes its address to the outside'
+  variable RAY_PORT 'port of the GCS, which workers join'
+  variable RAY_DASHBOARD_HOST 'from where jobs, that is any program, can be submitted; 0.0.0.0: from everywhere'
+  variable RAY_DASHBOARD_PORT 'port of the dashboard and job server'
+  variable RAY_AUTH_MODE 'disabled, or token: who has ~/.ray/auth_token; export it for workers and launchers too'
+  variable NUM_GPUS 'GPUs of this machine that Ray has'
+  variable NUM_CPUS 'its CPUs; empty: all'
+  variable RAY_TEMP_DIR 'sockets and logs; one directory is one head or worker'
+  variable RAY_JOB_STOP_WAIT_TIME_S 'seconds from SIGTERM to SIGKILL for a job that is told to stop'
+  variable RAY_START_TIMEOUT 'seconds that a worker waits for its head'
+  variable PYTHON 'interpreter that has Ray'
 }
 
 count_gpus() {

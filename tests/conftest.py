@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 # Two workers share the files; the longest first, that none is left alone with one in the end.
 LONGEST = (
     *("test_quickstart.py", "test_launchers_slime.py", "test_ray.py", "test_slurm.py", "test_eval_scripts.py"),
-    *("test_fp8_rollout.py", "test_pretrain_gpt.py", "test_train.py", "test_docs.py"),
+    *("test_fp8_rollout.py", "test_pretrain_gpt.py", "test_train.py", "test_models.py", "test_docs.py"),
 )
 
 
@@ -34,6 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+# The published models that there are recipes for, by the name of their file in scripts/models.
+PUBLISHED = sorted(path.stem for path in (REPO / "tests" / "fixtures" / "hf").glob("*.json"))
+
+
+def hf_config(model: str) -> dict[str, Any]:
+    """The config.json of a published model: hf_config("qwen2.5-7B")."""
+    return json.loads((REPO / "tests" / "fixtures" / "hf" / f"{model}.json").read_text())
+
+
+def whole_block_splits(model: str) -> list[int]:
+    """How many GPUs can share a published model's FP8 weights: each has whole heads and whole 128-blocks."""
+    config = hf_config(model)
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config["hidden_size"] // heads
+    widths = (heads * head_dim, groups * head_dim, config["intermediate_size"])
+    return [
+        parts
+        for parts in range(1, heads + 1)
+        if heads % parts == groups % parts == 0 and not any(width % (parts * 128) for width in widths)
+    ]
 
 
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -65,6 +89,12 @@ def megatron_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     return unpack
 
 
+def model_args(model: str) -> list[str]:
+    """The words of MODEL_ARGS in a file of scripts/models."""
+    show = 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}"'
+    return ok(run("bash", "-c", show, MODELS / f"{model}.sh")).stdout.split()
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder with corpus.jsonl (real text, 500 documents), tokenizer/ and text_text_document.{bin,idx}.
@@ -78,11 +108,10 @@ def tiny_data(tmp_path_factory) -> Path:
     ok(run(sys.executable, quickstart / "corpus.py", "--output", folder / "all.jsonl"))
     with (folder / "all.jsonl").open() as lines, (folder / "corpus.jsonl").open("w") as kept:
         kept.writelines(line for number, line in enumerate(lines) if number < 500)
-    model_args = ok(run("bash", "-c", 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}"', MODELS / "qwen2.5-tiny.sh"))
     ok(
         run(
             *(sys.executable, quickstart / "tokenizer.py", "--input", folder / "corpus.jsonl"),
-            *("--output-dir", folder / "tokenizer", "--", *model_args.stdout.split(), "--attention-dropout", "0.0"),
+            *("--output-dir", folder / "tokenizer", "--", *model_args("qwen2.5-tiny"), "--attention-dropout", "0.0"),
         )
     )
     ok(

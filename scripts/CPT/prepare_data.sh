@@ -14,13 +14,19 @@ they are complete, the index last; a pair that is there is left alone. DATA_PATH
 
   --input FILE            jsonl, one {"text": ...} a line
   --output-prefix PREFIX  where to write
-  --tokenizer DIR         HuggingFace tokenizer (TOKENIZER_MODEL; here: $TOKENIZER_MODEL)
-  --workers N             parallel tokenisers (WORKERS; here: $WORKERS)
+  --tokenizer DIR         HuggingFace tokenizer (TOKENIZER_MODEL)
+  --workers N             parallel tokenisers (WORKERS)
   --engine NAME           megatron: the pinned tools/preprocess_data.py | embedded: the same bytes from PyPI packages
-                          alone (ENGINE; here: $ENGINE)
+                          alone (ENGINE)
   --dry-run               print the exact command, change nothing
   --help
+
+Variables, with their values here:
 EOF
+  variable TOKENIZER_MODEL '--tokenizer'
+  variable WORKERS '--workers'
+  variable ENGINE '--engine'
+  variable PYTHON 'interpreter'
 }
 
 : "${ENGINE:=megatron}" "${TOKENIZER_MODEL:=$REPO/models/qwen2.5-7B}" "${WORKERS:=$(nproc)}"

@@ -9,33 +9,47 @@ usage() {
   cat <<EOF
 usage: bash scripts/CPT/$(basename "$0") [options] [any Megatron-LM flag, passed through last]
 
-  --load PATH           $([[ $STAGE == decay ]] && echo 'the stable-phase checkpoint to decay from' ||
-    echo 'continue from this checkpoint, with its optimizer'): a root, a run, or .../iter_0035000
-  --from-scratch        start from random weights, not from INIT_CHECKPOINT
-  --engine NAME         megatron | embedded (here: $ENGINE)
-  --nnodes N            number of nodes (1); run the same command on each, with
-  --rdzv_endpoint H:P   host and port of the first one
-  --dry-run             print the run and its exact command, change nothing
-  --help
-
 The same command starts the run, resumes it after any interruption, and does nothing once it is finished.
-Variables, with their values here:
-$(for name in DATA_PATH TOKENIZER_MODEL INIT_CHECKPOINT OUT_DIR DATA_CACHE_PATH PRECISION FP8_SCALE_FORMAT TP \
-    GPUS_PER_NODE WANDB_PROJECT PROFILE PYTHON; do printf '  %-17s %s\n' "$name" "${!name}"; done)
+
 EOF
+  if [[ $STAGE == decay ]]; then
+    echo '  --load PATH           the stable-phase checkpoint to decay from: a root, a run, or .../iter_0035000'
+  else
+    cat <<EOF
+  --load PATH           continue from this checkpoint, with its optimizer: a root, a run, or .../iter_0035000
+  --from-scratch        start from random weights, not from INIT_CHECKPOINT
+EOF
+  fi
+  cat <<EOF
+  --engine NAME         megatron | embedded (ENGINE; here: $ENGINE)
+  --nnodes N            number of nodes (NNODES; here: $NNODES); run the same command on each, with
+  --rdzv_endpoint H:P   host and port of the first one (RDZV_ENDPOINT)
+EOF
+  run_options
+  variable DATA_PATH 'prefix of a .bin/.idx pair, or a blend: "0.7 prefix1 0.3 prefix2"'
+  variable TOKENIZER_MODEL 'Hugging Face directory; its config.json is compared with the model arguments'
+  [[ $STAGE == decay ]] || variable INIT_CHECKPOINT 'weights to start from: a root, a run, or .../iter_N'
+  variable DATA_CACHE_PATH 'sample indices'
+  run_variables
+  variable NODE_RANK "names this node's log; its host name where there are several"
+}
+
+human() {  # 167772160000 -> 167.8B
+  local unit size=1
+  for unit in '' K M B T; do (($1 < size * 1000)) && break; size=$((size * 1000)); done
+  printf '%d.%d%s' $((($1 + size / 20) / size)) $((($1 * 10 + size / 2) / size % 10)) "$unit"
 }
 
 : "${STAGE:=full}" "${ENGINE:=megatron}" "${PRECISION:=fp8}" "${FP8_SCALE_FORMAT:=pow2}" "${PROFILE:=0}"
-: "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:0}"  # port 0: torchrun takes a free one
+: "${CP:=1}" "${NNODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:0}"  # port 0: torchrun takes a free one
 name_run
 : "${DATA_PATH:=$REPO/data/cpt_text_document}" "${DATA_CACHE_PATH:=$OUT_DIR/data_cache}"
 : "${TOKENIZER_MODEL:=$REPO/models/$MODEL}" "${INIT_CHECKPOINT=$REPO/models/${MODEL}_torch_dist}"
-default_python
 
-OWN_FLAGS=(--nnodes --rdzv_endpoint --load --engine) OWN_SWITCHES=(--from-scratch) LOAD=''
+OWN_FLAGS=(--nnodes --rdzv_endpoint --load --engine) OWN_SWITCHES=(--list) LOAD='' FROM_SCRATCH=0
+[[ $STAGE == decay ]] || OWN_SWITCHES+=(--from-scratch)
 parse_cli "$@"
-check_choices
-positive NNODES GPUS_PER_NODE TP
+read_sizes
 ((NNODES == 1)) || [[ $RDZV_ENDPOINT =~ ^[^:]+:[1-9][0-9]*$ ]] ||
   die "--rdzv_endpoint: expected HOST:PORT of the first node for --nnodes $NNODES, found '$RDZV_ENDPOINT'"
 
@@ -51,11 +65,14 @@ override WARMUP_ITERS --lr-warmup-iters
 override DECAY_ITERS --lr-wsd-decay-iters
 override LR_STYLE --lr-decay-style
 override SEQ_LENGTH --seq-length
-override GLOBAL_BATCH_SIZE --global-batch-size
-override TP --tensor-model-parallel-size
 override TOKENIZER_MODEL --tokenizer-model
 SAVE_DIR=$(absolute "$SAVE_DIR")
-positive TRAIN_ITERS DECAY_ITERS SEQ_LENGTH GLOBAL_BATCH_SIZE
+positive TRAIN_ITERS DECAY_ITERS SEQ_LENGTH
+if ((LIST)); then
+  length=$([[ $STAGE == decay ]] && echo "$DECAY_ITERS" || echo "$TRAIN_ITERS")
+  list_recipe "$(human $((length * SEQ_LENGTH * GLOBAL_BATCH_SIZE))) tokens in $length iterations"
+  exit
+fi
 start_run "$STAGE"
 
 # DATA_PATH is one prefix, or a blend "0.7 prefix1 0.3 prefix2"; a prefix that exists may hold spaces.
@@ -77,7 +94,7 @@ DATA_ARGS=(
 PERF_ARGS=(
   --transformer-impl transformer_engine --seq-length "$SEQ_LENGTH"
   --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size 1 --context-parallel-size 1
+  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size 1 --context-parallel-size "$CP"
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
   --distributed-timeout-minutes 120
 )
@@ -138,12 +155,6 @@ else
   )
 fi
 
-human() {  # 167772160000 -> 167.8B
-  local unit size=1
-  for unit in '' K M B T; do (($1 < size * 1000)) && break; size=$((size * 1000)); done
-  printf '%d.%d%s' $((($1 + size / 20) / size)) $((($1 * 10 + size / 2) / size % 10)) "$unit"
-}
-
 header() {
   local per_step=$((SEQ_LENGTH * GLOBAL_BATCH_SIZE)) stable_end=$((TRAIN_ITERS - DECAY_ITERS)) first name last schedule=
   [[ $LR_STYLE == WSD ]] || schedule="$LR_STYLE, warm-up $WARMUP_ITERS of $TRAIN_ITERS iterations"
@@ -156,7 +167,7 @@ header() {
   done
   printf '%s\n' "$RUN_NAME"
   printf '  %-10s %s\n' engine "$ENGINE, $(engine_commit Megatron-LM)" \
-    model "$MODEL, TP $TP" \
+    model "$MODEL, TP $TP, CP $CP" \
     precision "$PRECISION$([[ $PRECISION == bf16 ]] || echo " (E4M3, 128-blocks, $FP8_SCALE_FORMAT scales)")" \
     data "${DATA_WORDS[*]:-as passed through}" \
     tokens "$(human "$per_step") per step ($GLOBAL_BATCH_SIZE x $SEQ_LENGTH), $(human $((per_step * TRAIN_ITERS))) in $TRAIN_ITERS iterations" \

@@ -3,9 +3,14 @@
 # The arrays that all recipes of this folder share; a recipe sets its numbers and sources this file.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-KIND=RL FOLDER_VARIABLES=(EVAL_DATA KL_LOSS_COEF DYNAMIC_SAMPLING) ORIGINAL_ARGS=("$@")
+KIND=RL ORIGINAL_ARGS=("$@")
 source "$REPO/scripts/lib/slime.sh"
-usage() { slime_usage; }
+folder_variables() {
+  variable EVAL_DATA 'held-out prompts; empty: no evaluation'
+  variable KL_LOSS_COEF '0: no KL term, and no reference model; otherwise low_var_kl against REF_LOAD'
+  variable DYNAMIC_SAMPLING '1: prompts whose samples all have the same reward are drawn again; 0: they are kept'
+}
+usage() { slime_usage 'Hugging Face model that the rollout engine loads, in FP8 (tools/bf16_cast_fp8.py)'; }
 
 # fp32: the format in which slime casts the weights that it sends to the rollout engine
 # [slime slime/utils/fp8_kernel.py:44].
@@ -20,6 +25,7 @@ override SAMPLES --n-samples-per-prompt
 override MAX_RESPONSE --rollout-max-response-len
 override TEMPERATURE --rollout-temperature
 positive SAMPLES MAX_RESPONSE NUM_ROLLOUT
+((!LIST)) || { list_recipe "$NUM_ROLLOUT rollouts of $BATCH_SIZE x $SAMPLES samples, up to $MAX_RESPONSE tokens" && exit; }
 one_of DYNAMIC_SAMPLING 0 1
 [[ $PRECISION == bf16 || $FP8_SCALE_FORMAT == fp32 || $ENGINE == embedded ]] ||
   warn 'FP8_SCALE_FORMAT=pow2: slime sends weights with float32 scales to the rollout engine all the same'
@@ -27,6 +33,8 @@ start_rollouts
 LENGTH_CHECK=()
 check_rollout_data --input-key prompt --label-key label --apply-chat-template --n-samples-per-prompt "$SAMPLES" \
   --num-rollout "$NUM_ROLLOUT"
+[[ -z $EVAL_DATA || -f $EVAL_DATA ]] ||
+  missing "EVAL_DATA: $EVAL_DATA not found; make it with scripts/RL/prepare_data.sh, or set EVAL_DATA= for no evaluation"
 
 slime_arrays
 CLUSTER_ARGS+=(--colocate)

@@ -4,9 +4,10 @@
 # before it saves the data position, so that a resumed run skips a batch [slime train_async.py:26-50].
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-KIND=SFT FOLDER_VARIABLES=() ORIGINAL_ARGS=("$@")
+KIND=SFT ORIGINAL_ARGS=("$@")
 source "$REPO/scripts/lib/slime.sh"
-usage() { slime_usage; }
+folder_variables() { :; }
+usage() { slime_usage 'Hugging Face model: its tokenizer, chat template and config are used, not its weights'; }
 
 : "${NNODES:=2}" "${FP8_SCALE_FORMAT:=pow2}"  # Transformer Engine's default, written out
 : "${HF_CHECKPOINT:=$REPO/models/$MODEL-Instruct}" "${DATA_DIR:=$REPO/data/sft_$STAGE.jsonl}"
@@ -14,8 +15,9 @@ GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-$BATCH_SIZE} CUDA_ALLOC_CONF=expandable_s
 slime_setup
 slime_read "$@"
 positive NUM_EPOCH
+((!LIST)) || { list_recipe "epochs: $NUM_EPOCH, samples of a step: $BATCH_SIZE" && exit; }
 start_rollouts
-LENGTH_CHECK=(--max-tokens "$MAX_TOKENS")
+LENGTH_CHECK=(--max-tokens $((MAX_TOKENS * CP)))  # the GPUs of a context parallel group share a micro batch
 check_rollout_data --input-key messages --num-epoch "$NUM_EPOCH" ${NUM_ROLLOUT:+--num-rollout "$NUM_ROLLOUT"}
 
 slime_arrays

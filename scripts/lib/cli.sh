@@ -16,11 +16,12 @@ absolute() {
   printf '%s\n' "$path"
 }
 
-# name_run: RUN_NAME and OUT_DIR, from the name of the recipe.
+# name_run: RUN_NAME and OUT_DIR, from the name of the recipe; PYTHON.
 name_run() {
   RUN_NAME=$(basename "$0" .sh)
   [[ $PRECISION != bf16 ]] || RUN_NAME=${RUN_NAME/FP8/BF16}
   OUT_DIR=$(absolute "${OUT_DIR:-$REPO/exp/$RUN_NAME}")
+  default_python
 }
 
 # default_python: PYTHON is the project's own environment where there is one.
@@ -52,6 +53,55 @@ passed() {
 # override VARIABLE FLAG: a passed-through flag replaces the recipe's number everywhere: in the header, the state and
 # the success check.
 override() { printf -v "$1" '%s' "$(last_value "$2" "${!1-}" "${EXTRA_ARGS[@]}")"; }
+
+# variable NAME MEANING: its entry in a help, with the value that it has here.
+variable() {
+  local setting="$1=${!1-}"
+  ((${#setting} <= 26)) || setting+=$'\n'$(printf '%28s' '')
+  printf '  %-26s %s\n' "$setting" "$2"
+}
+
+# run_options: the last options of every recipe, and the head of its variables.
+run_options() {
+  cat <<'EOF'
+  --dry-run             print the run and its exact command, change nothing
+  --list                print the line of scripts/list.sh
+  --help
+
+Variables, with their values here:
+EOF
+}
+
+# read_sizes: choices and sizes of all recipes, after parse_cli: a flag that is passed through wins.
+read_sizes() {
+  check_choices
+  override GLOBAL_BATCH_SIZE --global-batch-size
+  override TP --tensor-model-parallel-size
+  override CP --context-parallel-size
+  positive NNODES GPUS_PER_NODE TP CP GLOBAL_BATCH_SIZE
+}
+
+# run_variables: those of all recipes.
+run_variables() {
+  variable OUT_DIR 'checkpoints, logs, metrics'
+  variable PRECISION 'fp8, or bf16: the same recipe without the FP8 flags'
+  variable FP8_SCALE_FORMAT "pow2, Transformer Engine's default, or fp32"
+  variable TP 'tensor parallel size'
+  variable CP 'context parallel size'
+  variable GPUS_PER_NODE 'GPUs of one node'
+  variable WANDB_PROJECT 'of W&B; empty: no W&B'
+  variable WANDB_MODE 'online, offline (unless set) or disabled'
+  variable PROFILE '1: PyTorch profiler and memory history'
+  variable PYTHON 'interpreter'
+}
+
+# list_recipe LENGTH: a recipe's answer to --list, a line of scripts/list.sh.
+list_recipe() {
+  local path
+  path=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+  printf '%-46s %-9s %-14s %2s  %2s  %s\n' \
+    "${path#"$REPO"/}" "$ENGINE" "$NNODES x $GPUS_PER_NODE" "$TP" "$CP" "$1"
+}
 
 OWN_FLAGS=() OWN_SWITCHES=()
 

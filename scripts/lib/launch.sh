@@ -58,8 +58,8 @@ stop_child() {
 # error_line: of the output of a program, the line that says what went wrong.
 error_line() {
   local text
-  text=$(grep . || true)
-  grep -E '^[A-Za-z_.]*(Error|Exception): ' <<<"$text" | tail -n 1 | cut -c 1-300 || tail -n 1 <<<"$text"
+  text=$(grep -a . || true)
+  grep -aE '^[A-Za-z_.]*(Error|Exception): ' <<<"$text" | tail -n 1 | cut -c 1-300 || tail -n 1 <<<"$text"
 }
 
 # last_lines PID: until tee has shown all; not for ever, as a daemon that was left may hold the pipe.

@@ -21,7 +21,10 @@ $FORMATS
   --drop-invalid   leave invalid rows out and count them; without it the first one is an error that names its line
   --dry-run        print the exact command, change nothing
   --help
+
+Variables, with their values here:
 EOF
+  variable PYTHON 'interpreter'
 }
 
 DRY_RUN=0 FLAG='' INPUTS=() EXTRA_ARGS=()

@@ -8,39 +8,46 @@ slime_usage() {
   cat <<EOF
 usage: bash scripts/$KIND/$(basename "$0") [options] [any slime flag, passed through last]
 
-  --nnodes N            number of nodes of the Ray cluster to use (here: $NNODES)
-  --engine NAME         megatron: slime on Megatron-LM | embedded (here: $ENGINE)
-  --dry-run             print the run and its exact command, change nothing
-  --help
-
 Runs on the head node of a Ray cluster (scripts/ray_start.sh); the embedded engine starts one for itself where there is
 none. The same command starts the run, resumes it after any interruption, follows a job of this run that is still
 there, and does nothing once it is finished. Ctrl-C stops the job.
-Variables, with their values here:
-$(for name in "${USER_VARIABLES[@]}"; do printf '  %-18s %s\n' "$name" "${!name-}"; done)
+
+  --nnodes N            number of nodes of the Ray cluster to use (NNODES; here: $NNODES)
+  --engine NAME         megatron: slime on Megatron-LM | embedded (ENGINE; here: $ENGINE)
+EOF
+  run_options
+  variable DATA_DIR 'the .jsonl or .parquet file, or a directory with one'
+  variable HF_CHECKPOINT "$1"
+  variable REF_LOAD 'weights to start from: a run, a checkpoint root, or .../iter_N'
+  folder_variables
+  run_variables
+  variable RAY_ADDRESS 'the job server, if not that of scripts/ray_start.sh'
+  variable RAY_TEMP_DIR 'the one of scripts/ray_start.sh, where that was set; so RAY_PORT'
+  variable OMP_NUM_THREADS 'embedded: threads of a process; all cores unless set'
+  cat <<EOF
+
+Passed on to the job where set: MASTER_ADDR, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, http_proxy, https_proxy, no_proxy,
+WANDB_API_KEY.
 EOF
 }
 
 # slime_setup: defaults of all variables. In: KIND (SFT, RL) MODEL TP CP NNODES and the recipe's numbers; PREVIOUS, the
-# run whose weights are the default of REF_LOAD; FOLDER_VARIABLES, for the help.
+# run whose weights are the default of REF_LOAD.
 slime_setup() {
   : "${ENGINE:=megatron}" "${PRECISION:=fp8}" "${PROFILE:=0}" "${GPUS_PER_NODE:=8}" "${CP:=1}"
   : "${WANDB_PROJECT=slime-dev}"
   name_run
   [[ $PRECISION != bf16 ]] || PREVIOUS=${PREVIOUS/FP8/BF16}
   : "${REF_LOAD:=$REPO/exp/$PREVIOUS/checkpoints}"
-  default_python
-  OWN_FLAGS=(--nnodes --engine)
-  USER_VARIABLES=(DATA_DIR HF_CHECKPOINT REF_LOAD OUT_DIR "${FOLDER_VARIABLES[@]}" PRECISION FP8_SCALE_FORMAT TP CP GPUS_PER_NODE
-    WANDB_PROJECT PROFILE RAY_ADDRESS MASTER_ADDR PYTHON)
+  OWN_FLAGS=(--nnodes --engine) OWN_SWITCHES=(--list)
 }
 
 # slime_read ARG...: after slime_setup and the folder's own defaults.
 slime_read() {
   local flag
   parse_cli "$@"
-  check_choices
-  positive NNODES GPUS_PER_NODE TP CP
+  override NNODES --actor-num-nodes
+  read_sizes
   for flag in --load --save --ref-load --ref-ckpt-step --start-rollout-id --ckpt-step --finetune --no-load-optim; do
     ! passed "$flag" || die "$flag: the launcher decides how a run starts; use REF_LOAD and OUT_DIR"
   done
@@ -51,13 +58,10 @@ slime_read() {
   override HF_CHECKPOINT --hf-checkpoint
   override SAVE_INTERVAL --save-interval
   override BATCH_SIZE --rollout-batch-size
-  override GLOBAL_BATCH_SIZE --global-batch-size
   override MAX_TOKENS --max-tokens-per-gpu
   override NUM_EPOCH --num-epoch
   override NUM_ROLLOUT --num-rollout
-  override TP --tensor-model-parallel-size
-  override NNODES --actor-num-nodes
-  positive BATCH_SIZE GLOBAL_BATCH_SIZE SAVE_INTERVAL MAX_TOKENS
+  positive BATCH_SIZE SAVE_INTERVAL MAX_TOKENS
   DATA_FILE=$(data_file "$DATA_DIR")
   if [[ $ENGINE == embedded && -z ${RAY_ADDRESS-}${RAY_TEMP_DIR-} ]]; then
     # A cluster of its own, if none is there: found again by the same command after this launcher was killed.

@@ -22,12 +22,17 @@ stamp_venv() {
   CHECKSUM="$(cd "${REPO}" && cat requirements.txt "$1" | cksum)"
 }
 
+# venv_ready REQUIREMENTS_FILE: is all of it installed?
+venv_ready() {
+  stamp_venv "$1"
+  [[ -f ${STAMP} && $(<"${STAMP}") == "${CHECKSUM}" ]]
+}
+
 # ensure_venv REQUIREMENTS_FILE: .venv holds what the file pins (requirements-dev.txt includes requirements.txt). The
 # stamp makes the next call immediate; an environment without any was cut off while it was made, and is made anew.
 ensure_venv() {
   local requirements="$1" torch
-  stamp_venv "${requirements}"
-  [[ -f ${STAMP} && $(<"${STAMP}") == "${CHECKSUM}" ]] && return
+  venv_ready "${requirements}" && return
   local python="${PYTHON:-python3}"
   require_python "${python}"
   if ! compgen -G "${VENV}/.*.installed" >/dev/null; then

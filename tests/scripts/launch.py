@@ -15,13 +15,16 @@ from training.contract import contract
 
 RECIPES = REPO / "scripts"
 GOLDEN = REPO / "tests" / "golden"
-SIZES = ("7B", "1.5B", "tiny")
-SCRIPTS = [f"InfiR2_CPT_FP8_{size}{stage}" for size in SIZES for stage in ("", "_decay")]
-FINE_TUNING = [
-    *(f"InfiR2_SFT_FP8_{size}_stage{stage}" for size in SIZES for stage in (1, 2)),
-    *(f"InfiR2_RL_FP8_7B_stage{stage}_4node" for stage in (1, 2)),
-    *(f"InfiR2_RL_FP8_tiny_stage{stage}" for stage in (1, 2)),
-]
+
+
+def recipes(folder: str) -> list[str]:
+    """The names of a folder's recipes."""
+    return sorted(path.stem for path in (RECIPES / folder).glob("InfiR2_*.sh"))
+
+
+SCRIPTS = recipes("CPT")
+FINE_TUNING = [*recipes("SFT"), *recipes("RL")]
+ORIGINALS = [Path(path).stem for path in json.loads((GOLDEN / "original_argv.json").read_text())]
 PLACES = {
     "OMP_NUM_THREADS": "2",  # else as many as this machine has cores
     "DATA_PATH": "/data/cpt_text_document",

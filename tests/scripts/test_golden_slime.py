@@ -12,6 +12,7 @@ from tests.conftest import REPO
 from tests.scripts.launch import (
     FINE_TUNING,
     GOLDEN,
+    ORIGINALS,
     check_golden,
     command,
     difference_table,
@@ -26,7 +27,7 @@ from tests.scripts.launch import (
 from training.contract import check
 
 DIFFERENCES = json.loads((GOLDEN / "differences_slime.json").read_text())
-BIG = [script for script in FINE_TUNING if "tiny" not in script]
+RELEASED = [script for script in FINE_TUNING if script in ORIGINALS]
 
 
 def states(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -77,7 +78,7 @@ def test_every_flag_is_in_the_contract_and_does_something(script, tmp_path):
             assert {p.flag for p in problems} == profiler and all(p.level == "warning" for p in problems), problems
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", RELEASED)
 def test_only_named_differences_from_the_original(name, tmp_path):
     _, out = next(states(tmp_path))
     found = found_differences("slime", original_command(name), command(name, out=out))
@@ -105,7 +106,7 @@ DROPPED = {
 }
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", RELEASED)
 def test_the_environment_of_the_job_is_the_originals(name, tmp_path):
     _, out = next(states(tmp_path))
     theirs, ours = runtime_env(original_command(name)), runtime_env(command(name, out=out))
@@ -141,7 +142,7 @@ def test_the_documentation_shows_the_list(kind):
 
 def of(kind: str) -> list[dict]:
     """The differences of one folder's recipes."""
-    return [entry for entry in DIFFERENCES if any(f"_{kind}_" in name for name in entry.get("scripts", BIG))]
+    return [entry for entry in DIFFERENCES if any(f"_{kind}_" in name for name in entry.get("scripts", RELEASED))]
 
 
 if __name__ == "__main__":

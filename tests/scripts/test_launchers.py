@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_header_says_what_will_run(out):
     header = ok(dry_run(FULL, "--from-scratch", out=out)).stderr
     for text in (
         "engine     megatron, ",
-        "model      qwen2.5-7B, TP 4",
+        "model      qwen2.5-7B, TP 4, CP 1",
         "precision  fp8 (E4M3, 128-blocks, pow2 scales)",
         "warm-up 1-5000 (21.0B), stable 5001-35000 (125.8B), decay 35001-40000 (21.0B)",
         "state      fresh (random weights)",
@@ -89,6 +90,7 @@ def test_passed_flags_come_last_and_reach_the_header(out):
         ({"DATA_PATH": "0.7 /a 0.3 /b"}, ["0.7", "/a", "0.3", "/b"], []),
         ({"DATA_CACHE_PATH": "/cache dir"}, ["/cache dir"], []),
         ({"TP": "2"}, [], []),
+        ({"CP": "2"}, [], []),
         ({"TP": "1"}, [], ["--sequence-parallel"]),
         ({"GPUS_PER_NODE": "4"}, [], []),
     ],
@@ -97,7 +99,11 @@ def test_environment(out, env, present, absent):
     words = command(FULL, out=out, **env)
     assert [word for word in present if word not in words] == []
     assert [word for word in absent if word in words] == []
-    for name, flag in (("TP", "--tensor-model-parallel-size"), ("GPUS_PER_NODE", "--nproc_per_node")):
+    for name, flag in (
+        ("TP", "--tensor-model-parallel-size"),
+        ("CP", "--context-parallel-size"),
+        ("GPUS_PER_NODE", "--nproc_per_node"),
+    ):
         if name in env:
             assert words[words.index(flag) + 1] == env[name]
 
@@ -251,3 +257,12 @@ def test_gitlinks_are_the_pins():
         "training/slime": "8359c9a41c64900dc742f757228318026f88713a",
         "training/TransformerEngine": "3cd6870ceb809f173a31e3cac5034e56cf879156",
     }
+
+
+def test_the_error_line_of_output_that_is_no_text(tmp_path):
+    """Models write what they like; grep takes broken characters for a binary file, unless told otherwise."""
+    (tmp_path / "output").write_bytes(b"\xe2\x96\nValueError: no \xff model\nat the end\n")
+    script = 'source "$1"; error_line <"$2"'
+    command = ("bash", "-c", script, "-", REPO / "scripts/lib/launch.sh", tmp_path / "output")
+    shown = subprocess.run(command, env=os.environ | {"LC_ALL": "C.UTF-8"}, capture_output=True, check=True)
+    assert (shown.stdout, shown.stderr) == (b"ValueError: no \xff model\n", b"")

@@ -122,6 +122,15 @@ def test_a_directory_of_data_must_hold_one_file(tiny_stages, tmp_path):
     refused(dry_run(SFT, out=tmp_path / "out", **env), "found 2; name the file")
 
 
+def test_a_sample_may_fill_all_gpus_of_a_context_parallel_group(tiny_stages, tmp_path):
+    """slime/backends/megatron_utils/data.py:262: a micro batch holds --max-tokens-per-gpu on each of them."""
+    env = variables(tiny_stages, SFT, tmp_path / "out") | {"GPUS_PER_NODE": "2"}
+    too_long = run("bash", recipe(SFT), "--dry-run", "--max-tokens-per-gpu", 40, env=env)
+    refused(too_long, "sft_stage1.jsonl:", "expected at most 40 tokens")
+    ok(run("bash", recipe(SFT), "--dry-run", "--max-tokens-per-gpu", 40, env=env | {"CP": "2"}))
+    ok(run("bash", recipe(SFT), "--dry-run", "--max-tokens-per-gpu", 40, "--context-parallel-size", 2, env=env))
+
+
 def test_states(tiny_stages, tmp_path):
     out = tmp_path / "out"
     root = out / "checkpoints"
@@ -132,7 +141,7 @@ def test_states(tiny_stages, tmp_path):
 
     fresh = ok(launch())
     assert f"fresh (weights of {tiny_stages / 'sft_stage2'}/checkpoints, 1)" in fresh.stderr
-    assert "3 epochs = 9 rollouts of 32 samples" in fresh.stderr
+    assert "3 epochs = 18 rollouts of 16 samples" in fresh.stderr
     words = shlex.split(fresh.stdout.replace("\\\n", ""))
     assert (
         "--start-rollout-id" not in words
@@ -156,10 +165,10 @@ def test_states(tiny_stages, tmp_path):
         (root / "latest_checkpointed_iteration.txt").write_text(text)
         refused(launch(), "release" if text == "release" else f"found '{text}'")
 
-    tracker(root, 8)
-    (root / "rollout" / "global_dataset_state_dict_8.pt").touch()
+    tracker(root, 17)
+    (root / "rollout" / "global_dataset_state_dict_17.pt").touch()
     done = ok(launch())
-    assert f"nothing to do: {root} has its 9 rollouts" in done.stderr and done.stdout == ""
+    assert f"nothing to do: {root} has its 18 rollouts" in done.stderr and done.stdout == ""
 
 
 def test_a_job_that_saves_meanwhile_is_seen(tiny_stages, tmp_path):
@@ -195,6 +204,8 @@ def test_missing_things_stop_a_launch(tiny_stages, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}\n')
     refused(run("bash", recipe(SFT), env={**env, "DATA_DIR": str(bad)}), "bad.jsonl:1", "content")
+    rl = {**variables(tiny_stages, RL, tmp_path / "out"), "EVAL_DATA": "/nowhere.jsonl"}
+    refused(run("bash", recipe(RL), env=rl), "EVAL_DATA: /nowhere.jsonl not found", "EVAL_DATA= for no evaluation")
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
