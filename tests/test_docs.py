@@ -1,10 +1,14 @@
-"""Every command that README and docs/ show is run: as it stands, or in the form that its row below names."""
+"""Every command that a document of the repository shows is run: as it stands, or in the form that its row below names.
+
+What else the documents say is checked in tests/docs.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,20 +19,17 @@ import pytest
 from pyarrow import parquet
 
 from tests.conftest import REPO, ok, run
+from tests.docker.dockerfile import COMMANDS, arguments
+from tests.docker.versions import read
+from tests.docs import pages
 from tests.scripts.launch import recipe
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 
 
 def commands() -> list[str]:
-    """The lines of all bash blocks, comments removed, each once."""
-    found: dict[str, None] = {}
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.splitlines():
-                found.setdefault(re.sub(r"\s+#.*", "", line).strip())
-    return [line for line in found if line]
+    """The commands of all bash blocks, each once."""
+    return list(dict.fromkeys(command for page in pages.PAGES for command in pages.commands(page.read_text())))
 
 
 def launch(line: str, folder: Path) -> None:
@@ -41,17 +42,54 @@ def launch(line: str, folder: Path) -> None:
 
 def quickstart(line: str, folder: Path) -> None:
     """tests/scripts/test_quickstart.py runs it for real."""
-    ok(run("bash", "-c", f"{line} --dry-run", env={"OUT_DIR": str(folder / "out")}, cwd=REPO))
+    dry = line.replace("quickstart.sh", "quickstart.sh --dry-run")
+    ok(run("bash", "-c", dry, env={"OUT_DIR": str(folder / "out"), "VENV_NAME": ".venv-none"}, cwd=REPO))
+    assert list(folder.iterdir()) == [] and not (REPO / ".venv-none").exists()
 
 
 def suite(line: str, folder: Path) -> None:
-    """This is running inside it."""
-    ok(run("bash", "-c", f"{line} --help", cwd=REPO))
+    """This is running inside it; what it is told to select is there."""
+    ok(run("bash", "scripts/test.sh", "--help", cwd=REPO))
+    words = shlex.split(line.split("scripts/test.sh")[1])
+    if words[:1] == ["-k"]:
+        files = [str(path.relative_to(REPO)) for path in (REPO / "tests").rglob("test_*.py")]
+        assert all(any(name in file for file in files) for name in words[1].split(" or "))
+    elif words and words != ["--lint"]:
+        assert words[1:] == ["-n", "0"] and list((REPO / words[0]).glob("test_*.py"))
+
+
+def hooks(line: str, folder: Path) -> None:
+    """Installed for real, in a repository of its own; tests/test_contributing.py runs them."""
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    shutil.copy(REPO / ".pre-commit-config.yaml", folder)
+    subprocess.run([sys.executable, "-m", "pre_commit", *line.split()[1:]], cwd=folder, check=True)
+    assert "pre-commit" in (folder / ".git" / "hooks" / "pre-commit").read_text()
+
+
+def recipes(line: str, folder: Path) -> None:
+    """Run for real."""
+    assert len(ok(run("bash", "-c", line, cwd=REPO)).stdout.splitlines()) > 1
+
+
+def contract(line: str, folder: Path) -> None:
+    """It says what it lacks where the submodules are not filled."""
+    result = run(sys.executable, *line.split()[1:2], "--check", cwd=REPO)
+    assert result.returncode == 0 or "training/Megatron-LM: not initialised" in result.stderr
+
+
+def search(line: str, folder: Path) -> None:
+    """Run for real."""
+    assert "README.md:" in ok(run("bash", "-c", line, cwd=REPO)).stdout
 
 
 def strict(line: str, folder: Path) -> None:
     """It installs a gigabyte: tests/eval/test_strict.py works where that was done."""
     ok(run("bash", "-c", f"{line} --help", cwd=REPO))
+
+
+def clone(line: str, folder: Path) -> None:
+    """Cloning needs a network: the address must be that of CITATION.cff."""
+    assert f'repository-code: "{line.split()[-1]}"\n' in (REPO / "CITATION.cff").read_text()
 
 
 def submodule(line: str, folder: Path) -> None:
@@ -92,7 +130,7 @@ def checkpoints(tmp_path_factory, megatron_checkpoint) -> Path:
     """A folder with small checkpoints under every path that the documents name."""
     folder = tmp_path_factory.mktemp("docs")
     source = megatron_checkpoint("tp1_untied")
-    for name in ("InfiR2_CPT_FP8_7B", "InfiR2_SFT_FP8_7B_stage2"):
+    for name in ("InfiR2_SFT_FP8_7B_stage2", "InfiR2_RL_FP8_7B_stage2_4node"):
         shutil.copytree(source, folder / "exp" / name / "checkpoints")
     (folder / "models").mkdir()
     for name in ("qwen2.5-7B", "qwen2.5-7B-Instruct"):
@@ -118,11 +156,17 @@ def tool(line: str, folder: Path) -> None:
 
 def prepare(line: str, folder: Path) -> None:
     """Run for real, on one row of the public format."""
+    source = folder / line.split("--input ")[1].split()[0]
     question = [{"role": "user", "content": "What is 1+1?"}]
     row = {"prompt": question, "reward_model": {"ground_truth": "2", "style": "rule"}, "data_source": "math_dapo"}
-    parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "dapo-math-17k.parquet")
-    conversation = {"messages": [*question, {"role": "assistant", "content": "2"}]}
-    (folder / "infialign.jsonl").write_text(json.dumps(conversation) + "\n")
+    if "scripts/SFT" in line:
+        row = {"messages": [*question, {"role": "assistant", "content": "2"}]}
+    elif "--format prompt-label" in line:
+        row = {"prompt": question, "label": "2"}
+    if source.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([row]), source)
+    else:
+        source.write_text(json.dumps(row) + "\n")
     result = ok(run("bash", *line.replace("bash scripts", f"{REPO}/scripts").split(), cwd=folder))
     written = folder / line.split("--output ")[1]
     assert len(written.read_text().splitlines()) == 1 and f"DATA_DIR={written}" in result.stdout
@@ -197,21 +241,70 @@ def export(line: str, folder: Path) -> None:
     assert any(name in path.read_text() for path in readers)
 
 
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def build_image(line: str, folder: Path) -> None:
+    """No Docker engine here: the file is there, the context is the root, every build argument is one that it has."""
+    words = shlex.split(line)
+    assert option(words, "--file") == "docker/Dockerfile" and words[-1] == "." and option(words, "-t") == IMAGE
+    predefined = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}  # by Docker
+    passed = {words[n + 1].split("=")[0] for n, word in enumerate(words) if word == "--build-arg"}
+    assert passed <= predefined | set(arguments(COMMANDS))
+    assert {word for word in words if word.startswith("-")} <= {"--no-cache", "--file", "--build-arg", "-t"}
+
+
+def base_image(line: str, folder: Path) -> None:
+    """Needs a registry: the tag is the pinned one."""
+    assert line.split()[-1] == f"lmsysorg/sglang:v{read()['SGLANG_VERSION']}"
+
+
+def convert_image(line: str, folder: Path) -> None:
+    """Needs the image: its name is the one that was built, the file the one that later lines use."""
+    assert shlex.split(line)[-1].split("://")[1] == IMAGE and re.search(r" infir2\.(sif|sqsh) ", line)
+
+
+def in_image(line: str, folder: Path) -> None:
+    """What the line would run in the image, from the copy there or from a mounted checkout, is run here."""
+    words = shlex.split(line)
+    command = words[words.index("bash") :]
+    assert words[words.index("bash") - 1] == IMAGE or "infir2." in line
+    assert ("/workspace" in line) == ('"$PWD":/workspace' in line)
+    if command == ["bash"]:
+        return
+    command[1] = command[1].removeprefix("/opt/InfiR2/")
+    if command == ["bash", "docker/selftest.sh"]:  # tests/docker/test_selftest.py runs it
+        ok(run(*command, "--help", cwd=REPO))
+    else:
+        launch(shlex.join(command), folder)
+
+
+IMAGE = "infir2-training:latest"
 RUNNERS = {
-    r"bash scripts/quickstart\.sh$": quickstart,
-    r"bash scripts/test\.sh$": suite,
+    r"docker build ": build_image,
+    r"docker buildx imagetools inspect ": base_image,
+    r"(apptainer build|enroot import) ": convert_image,
+    r"(docker run|apptainer exec|srun) ": in_image,
+    r"(\w+=\S+ )*bash scripts/quickstart\.sh( |$)": quickstart,
+    r"(\w+=\S+ )*bash scripts/test\.sh( |$)": suite,
+    r"\.venv/bin/pre-commit install$": hooks,
+    r"bash scripts/list\.sh": recipes,
+    r"\.venv/bin/python training/contract/dump_flags\.py": contract,
+    r"git grep ": search,
     r"bash eval/setup_strict\.sh$": strict,
-    r"bash scripts/CPT/\S+\.sh": launch,
-    r"bash scripts/(SFT|RL)/InfiR2\S+\.sh": launch,
+    r"(\w+=\S+ )*bash scripts/CPT/\S+\.sh": launch,
+    r"(\w+=\S+ )*bash scripts/(SFT|RL)/InfiR2\S+\.sh": launch,
     r"bash scripts/(SFT|RL)/prepare_data\.sh": prepare,
     r"python tools/check_data\.py": check_data,
     r"(MASTER_ADDR=\S+ )?bash scripts/ray_(start|stop)\.sh": ray,
+    r"git clone --recursive \S+$": clone,
     r"git submodule update --init \S+$": submodule,
     r"tail -f ": tail,
     r"\.venv/bin/tensorboard ": tensorboard,
     r"\.venv/bin/python benchmarks/fp8_gap\.py --data exp/quickstart ": lambda line, folder: None,  # below, with data
     r"pip install ": packages,
-    r"\.venv/bin/python benchmarks/(checkpoint_tools|fp8_rollout)\.py ": benchmark,
+    r"\.venv/bin/python benchmarks/(checkpoint_tools|fp8_gemm|fp8_rollout)\.py ": benchmark,
     r"(\w+=\S+ )+(bash|sbatch)( --\S+)* eval/\w+_eval\.sh": evaluate,
     r"\.venv/bin/python eval/summarize\.py ": summarize,
     r"export ": export,
@@ -249,9 +342,3 @@ def test_fp8_gap(tiny_data, tmp_path):
     )
     assert re.search(r"BF16 against BF16, another seed: \d+\.\d+% apart on average; ratio \d", result.stdout)
     assert "FP8 rounding: 28 of 29" in result.stdout and "| 1 | " in result.stdout and "| 2 | " in result.stdout
-
-
-def test_links_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
