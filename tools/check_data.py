@@ -38,7 +38,7 @@ from tools.data.schedule import Plan, Schedule, schedule  # noqa: E402
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--kind", choices=("sft", "rl"), required=True)
+    options.add_argument("--kind", choices=("sft", "rl"), required=True, help="what the rows are for")
     options.add_argument("--data", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet")
     options.add_argument("--input-key", metavar="KEY", help="default: messages (sft), prompt (rl)")
     options.add_argument("--label-key", default="label", metavar="KEY", help="(rl) default: label")
@@ -55,12 +55,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lengths.add_argument("--allow-long", action="store_true", help="longer ones are a warning, not an error")
     lengths.add_argument("--cache", type=Path, metavar="FILE", help="where to keep the result for the next check")
     plan = options.add_argument_group("rollouts and steps")
-    plan.add_argument("--rollout-batch-size", type=cli.positive, metavar="N", help="without it nothing is counted")
-    plan.add_argument("--global-batch-size", type=cli.positive, metavar="N")
-    plan.add_argument("--n-samples-per-prompt", type=cli.positive, default=1, metavar="N", help="default: 1")
-    plan.add_argument("--num-epoch", type=cli.positive, metavar="E")
+    plan.add_argument(
+        "--rollout-batch-size",
+        type=cli.positive,
+        metavar="N",
+        help="prompts of a rollout; else no count",
+    )
+    plan.add_argument("--global-batch-size", type=cli.positive, metavar="N", help="samples of an optimizer step")
+    plan.add_argument("--n-samples-per-prompt", type=cli.positive, default=1, metavar="N", help="(rl) default: 1")
+    plan.add_argument("--num-epoch", type=cli.positive, metavar="E", help="times the data")
     plan.add_argument("--num-rollout", type=cli.positive, metavar="R", help="wins over --num-epoch, as in slime")
-    plan.add_argument("--save-interval", type=cli.positive, metavar="N")
+    plan.add_argument("--save-interval", type=cli.positive, metavar="N", help="rollouts between checkpoints")
     output = options.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object on stdout")
     output.add_argument("--rollouts", action="store_true", help="only '<rollouts> <rollouts per epoch>' on stdout")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert Hugging Face safetensors of a dense Qwen2 to a Megatron torch_dist checkpoint.
 
-  python tools/convert_hf_to_torch_dist.py --input-dir models/Qwen2.5-7B --output-dir models/Qwen2.5-7B_torch_dist
+  python tools/convert_hf_to_torch_dist.py --input-dir models/qwen2.5-7B --output-dir models/qwen2.5-7B_torch_dist
 
 The output is a `release` checkpoint, weights without optimizer, that the pinned Megatron-LM and slime start from:
 --pretrained-checkpoint (INIT_CHECKPOINT of the CPT recipes), --load with --finetune, --ref-load (REF_LOAD of SFT and

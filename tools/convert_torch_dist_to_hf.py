@@ -4,7 +4,7 @@
   python tools/convert_torch_dist_to_hf.py \\
     --input-dir exp/InfiR2_CPT_FP8_7B/checkpoints \\
     --output-dir models/InfiR2-7B \\
-    --origin-hf-dir models/Qwen2.5-7B
+    --origin-hf-dir models/qwen2.5-7B
 
 --input-dir is the root of the checkpoints (its latest_checkpointed_iteration.txt decides, --ckpt-step overrides it),
 one iter_XXXXXXX, or a release directory. Any tensor or pipeline parallel size, with or without the distributed

@@ -37,9 +37,9 @@ from tools.data.writer import write_rows  # noqa: E402
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--format", choices=(*SFT, *RL), required=True)
+    options.add_argument("--format", choices=(*SFT, *RL), required=True, help="layout of the input, see above")
     options.add_argument(
-        "--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="in this order"
+        "--input", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help="joined in this order"
     )
     options.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet")
     options.add_argument(

@@ -14,6 +14,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import PUBLISHED, REPO, hf_config, whole_block_splits
+from tools.checkpoint import qwen2_layout
 from tools.checkpoint.fp8_cast import (
     Rule,
     is_linear,
@@ -22,6 +24,7 @@ from tools.checkpoint.fp8_cast import (
     scale_shape,
     tensor_parallel_problem,
 )
+from tools.checkpoint.qwen2_layout import Qwen2Shape
 from tools.checkpoint.safetensors_io import Entry
 from tools.checkpoint.sources import dequantize
 
@@ -284,13 +287,6 @@ def test_quantization_config_names_what_stays():
     }
 
 
-QWEN25 = {
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
-}
-
-
 @pytest.mark.parametrize(
     ("model", "size", "problem"),
     [
@@ -305,5 +301,29 @@ QWEN25 = {
     ],
 )
 def test_tensor_parallel_sizes_of_the_qwen25_models(model, size, problem):
-    found = tensor_parallel_problem(QWEN25[model], size)
+    found = tensor_parallel_problem(hf_config(f"qwen2.5-{model}"), size)
     assert found is None if problem is None else problem in found
+
+
+def test_the_documentation_lists_the_tensor_parallel_sizes():
+    page = (REPO / "docs" / "TOOLS.md").read_text()
+    for model in PUBLISHED:
+        config, size = hf_config(model), model.removeprefix("qwen2.5-")
+        sizes = [parts for parts in range(1, 9) if tensor_parallel_problem(config, parts) is None]
+        assert sizes == whole_block_splits(model) and f"{size} {', '.join(map(str, sizes))}" in page
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_rows_whose_block_is_another_one_in_megatrons_layout(model):
+    """docs/TOOLS.md: those of heads that are no whole blocks, in the matrix that holds q, k and v."""
+    moved = {}
+    for row in qwen2_layout.table(Qwen2Shape.from_hf_config(hf_config(model) | {"num_hidden_layers": 1})):
+        if len(row.shape) != 2 or row.layer is None:
+            continue
+        blocks: dict[int, set[tuple[str, int]]] = {}  # of Megatron's matrix -> blocks of the Hugging Face ones
+        for part in row.parts:
+            for place, mine in enumerate(n for start, stop in part.runs for n in range(start, stop)):
+                blocks.setdefault(mine // 128, set()).add((part.name, place // 128))
+        moved[row.key.split(".")[-2]] = sum(128 for found in blocks.values() if len(found) > 1)
+    assert moved.pop("linear_qkv") == (384 if model == "qwen2.5-0.5B" else 0)
+    assert set(moved.values()) == {0} and len(moved) == 3
