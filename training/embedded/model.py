@@ -8,7 +8,7 @@ import math
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from training.embedded import fp8_linear
+from training.embedded import attention, fp8_linear
 
 
 def padded_vocab_size(tokens: int, divisible_by: int, tensor_parallel: int) -> int:
@@ -66,4 +66,5 @@ def build(
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     fp8_linear.convert(model, precision)
+    model.set_attn_implementation(attention.WIDE)
     return model.to(device)

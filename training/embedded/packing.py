@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from training.embedded.attention import causal
 
 ALIGNMENT = 128  # slime pads a row to a multiple of it; it is also the height of wgrad's FP8 tiles
 PAD_TOKEN = 0
@@ -95,9 +96,7 @@ def attention(
     """
     query, key, value = (x[0].transpose(0, 1)[pack.gather].transpose(1, 2) for x in (query, key, value))
     # Samples are left-aligned: what lies behind the end of a shorter one is in nobody's past.
-    out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=settings["scaling"], enable_gqa=query.shape[1] != key.shape[1]
-    )
+    out = causal(query, key, value, settings["scaling"])
     result = out.new_zeros(pack.tokens.shape[1], *out.shape[1::2])
     return result.index_put((pack.gather[pack.real],), out.transpose(1, 2)[pack.real])[None], None
 

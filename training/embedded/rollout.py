@@ -25,7 +25,7 @@ from tools.checkpoint.block_fp8 import BlockFP8
 from tools.data import chat
 from tools.data.check import Rules
 from tools.data.rows import Source
-from training.embedded import fp8_linear, generation, grpo, rewards, train_arguments
+from training.embedded import attention, fp8_linear, generation, grpo, rewards, train_arguments
 from training.embedded.batch import Batch
 from training.embedded.errors import TrainingError
 from training.embedded.prompts import PromptSource, Row
@@ -59,6 +59,7 @@ class Engine:
         self.model.to(device).eval().requires_grad_(False)
         # SGLang rounds activations to 1x128 tiles with float32 scales.
         fp8_linear.convert(self.model, fp8_linear.Precision(fp8=self.fp8, pow2=False))
+        self.model.set_attn_implementation(attention.WIDE)
         self.stop = stop_tokens(hf_checkpoint, self.config, tokenizer)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.training.embedded import tiny
-from training.embedded import fp8_linear, optimization, packing
+from training.embedded import attention, fp8_linear, optimization, packing
 from training.embedded.model import build
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def samples_of(lengths: list[int]) -> list[list[int]]:
 
 def alone(built, sample: list[int]) -> Tensor:
     """Logits of a sample by transformers' own attention, without a pack. Returns (length, vocabulary) float32."""
-    built.set_attn_implementation("sdpa")
+    built.set_attn_implementation(attention.WIDE)
     found = built(input_ids=torch.tensor([sample]), use_cache=False).logits[0].float()
     built.set_attn_implementation(packing.ATTENTION)
     return found

@@ -16,7 +16,7 @@ from tests.training.embedded.tiny import on_the_cpu  # noqa: F401
 from tools.checkpoint.block_fp8 import ROW_BLOCK, BlockFP8, quantize
 from tools.data import DataError, chat
 from tools.data.check import Rules
-from training.embedded import generation, train_arguments
+from training.embedded import attention, generation, train_arguments
 from training.embedded.errors import TrainingError
 from training.embedded.learner import Learner
 from training.embedded.rollout import Engine, RolloutManager, is_fp8, read, stop_tokens
@@ -116,7 +116,7 @@ def test_the_engine_computes_with_the_weights_it_was_sent(folder, learner, fp8):
     """Against transformers' model with every linear layer replaced by plain float64 products."""
     path = str(folder / ("hf" if fp8 else "hf_bf16"))
     engine = Engine(path, chat.load_tokenizer(path))
-    assert engine.fp8 is fp8
+    assert engine.fp8 is fp8 and engine.model.config._attn_implementation == attention.WIDE
     sent = learner.rollout_weights(fp8=fp8)
     engine.load(sent)
     expected = Engine(path, chat.load_tokenizer(path)).model
