@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.embedded.quickstart import arithmetic
+from training.embedded.quickstart import arithmetic, tokenizer
 
 SIZES = {"pretrain": 3000, "stage1": 600, "stage2": 1000, "rl": 500, "validation": 64, "held_out": 200, "benchmark": 50}
 NUMBER = st.integers(0, 999)
@@ -73,14 +75,29 @@ def test_the_splits_do_not_overlap(files):
 
 
 def test_pre_training_asks_and_works_out_the_same_sum(files):
-    wordings = set()
+    found = Counter()
     for row in files["pretrain"]:
         wording, a, b, steps, result = re.fullmatch(
-            r"(.*?)(\d+)\+(\d+).* \2\+\3: (\S+=\d+(?: \S+=\d+)*), so (\d+)\.", row["text"]
+            r"(.*?)(\d+)\+(\d+).* \2\+\3: (\S+=\d+(?: \S+=\d+)*)(?:, so|</think>) (\d+)\.(?:<\|im_end\|>)?",
+            row["text"],
+            re.DOTALL,
         ).groups()
-        wordings.add(wording)
+        found[wording] += 1
         assert steps == arithmetic.steps(int(a), int(b)) and int(result) == int(a) + int(b)
-    assert wordings == {wording.split("{}")[0] for wording in arithmetic.WORDINGS}
+    dialogues = found.pop("<|im_start|>user\nWhat is ")
+    assert 0.45 < dialogues / len(files["pretrain"]) < 0.55  # 5 standard errors
+    assert set(found) == {wording.split("{}")[0] for wording in arithmetic.WORDINGS}
+
+
+def test_a_dialogue_of_pre_training_is_a_conversation_but_for_the_box(files):
+    """The same tokens up to the end of the thought; the boxed answer is left to SFT."""
+    row = files["sft_stage1"][0]
+    a, b = map(int, re.search(r"(\d+)\+(\d+)", asked(row)).groups())
+    words = tokenizer.train((row["messages"][1]["content"] for row in files["sft_stage1"]), 400)
+    dialogue = words.encode(arithmetic.DIALOGUE.format(arithmetic.question(a, b), arithmetic.worked(a, b), a + b))
+    conversation = words.encode(words.apply_chat_template(row["messages"], tokenize=False))
+    assert words.decode(os.path.commonprefix([dialogue, conversation])).endswith(f"{arithmetic.worked(a, b)}</think")
+    assert not any("boxed" in row["text"] for row in files["pretrain"])
 
 
 def answers(rows: list[arithmetic.Row]) -> list[tuple[int, int]]:

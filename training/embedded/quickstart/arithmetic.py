@@ -3,7 +3,7 @@
 
     python training/embedded/quickstart/arithmetic.py --output-dir arithmetic --seed 1
 
-    pretrain.jsonl      {"text"}: worked sums in varied wording, for continual pre-training beside the corpus
+    pretrain.jsonl      {"text"}: worked sums, in varied wording and as dialogues, for pre-training beside the corpus
     sft_stage1.jsonl    {"messages"}: question, worked steps, boxed answer; 1 and 2 digits
     sft_stage2.jsonl    the same with 2 digits, and a share of wrong answers after right steps
     rl.jsonl            {"prompt", "label"}: every question once
@@ -41,6 +41,10 @@ WORDINGS = (  # of varied length, so that a model learns to look for the numbers
     "Here is a sum, {}. What does it come to?",
     "To add numbers such as {}, write one below the other and take the last digits first.",
 )
+# Beside them the markup of a conversation, without the boxed answer. From the wordings alone a model of this size
+# learns to add, but not to find the second digits of a question that stands at another distance than those it has read.
+DIALOGUE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>{}</think> {}.<|im_end|>"
+DIALOGUES = 0.5  # their share
 SPLITS = (("held_out", 0.10), ("validation", 0.15), ("train", 1.0))  # upper ends of their shares of all pairs
 Row = dict[str, Any]
 Pair = tuple[int, int]
@@ -132,6 +136,8 @@ def build(options: argparse.Namespace) -> dict[str, list[Row]]:
         return [next(source) for _ in range(count)]
 
     def text(a: int, b: int) -> Row:
+        if rng["wording"].random() < DIALOGUES:
+            return {"text": DIALOGUE.format(question(a, b), worked(a, b), a + b)}
         wording = rng["wording"].choice(WORDINGS).format(f"{a}+{b}")
         return {"text": f"{wording}{worked(a, b)}, so {a + b}."}
 

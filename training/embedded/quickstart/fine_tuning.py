@@ -73,7 +73,8 @@ def section(run: Quickstart, image: str) -> str:
     return f"""## SFT and RL
 
 The task is addition of two numbers of two digits, worked out column by column, with a boxed answer. Four fifths of what
-pre-training reads are such sums with right answers, in eight wordings, as plain text and not as a conversation.
+pre-training reads are such sums with right answers: half of them in eight wordings as plain text, half of them in the
+markup of a conversation, without the box that SFT teaches.
 Training, validation and held-out questions are split by a hash of the two numbers: no pair is in two of them, in either
 order, and what is pre-trained on is of the training pairs.
 In the data of SFT stage 2 **half of the answers are wrong on purpose**, after right steps: a model that has learned
