@@ -346,11 +346,11 @@ def test_slimes_patch_fits_the_pinned_sglang(tmp_path):
     """Where slime's submodule is there and the package index has the release: the patch names its very files."""
     patch = REPO / "training" / "slime" / PATCH
     if not patch.exists():
-        pytest.skip("training/slime: submodule not initialised")
+        pytest.skip("training/slime is empty; git submodule update --init training/slime")
     asked = (f"sglang=={VERSIONS['SGLANG_VERSION']}", "--no-deps", "--only-binary", ":all:", "--python-version", "3.12")
     found = run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", tmp_path, *asked)
     if found.returncode:
-        pytest.skip(f"no wheel of sglang to be had: {found.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"the package index serves no such sglang: {found.stderr.strip().splitlines()[-1]}")
     zipfile.ZipFile(next(tmp_path.glob("sglang-*.whl"))).extractall(tmp_path / "python")
     ok(run("git", "apply", "--check", patch, cwd=tmp_path))
     text = patch.read_text()

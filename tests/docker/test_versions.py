@@ -46,11 +46,12 @@ def test_submodules(prefix):
 def test_checksum_of_a_checkout(prefix):
     """Where the submodule is there, whole and at its commit."""
     path = REPO / "training" / SUBMODULES[prefix]
+    fill = f"git submodule update --init --recursive training/{path.name}"
     if not (path / ".git").exists():
-        pytest.skip(f"{path.name}: submodule not initialised")
+        pytest.skip(f"training/{path.name} is empty; {fill}")
     states = ok(run("git", "-C", path, "submodule", "status", "--recursive")).stdout
     if re.search(r"^[-+U]", states, re.MULTILINE):
-        pytest.skip(f"{path.name}: its own submodules are not initialised")
+        pytest.skip(f"training/{path.name}: submodules of its own are missing; {fill}")
     assert ok(run("git", "-C", path, "rev-parse", "HEAD")).stdout.strip() == VERSIONS[f"{prefix}_COMMIT"]
     assert ok(run("bash", DOCKER / "install.sh", "checksum", path)).stdout.strip() == VERSIONS[f"{prefix}_FILES"]
 

@@ -1,7 +1,7 @@
 """Attention as transformers computes it with torch's fused kernel; on a CPU in float32.
 
 Queries, keys and values are BF16 and so is the result, as on a GPU. Between them torch's CPU kernel multiplies in
-BF16, which takes 4 to 7 times as long as float32 for a backward pass, without BF16 units, and is less exact.
+BF16: without BF16 units that takes several times as long as float32 for a backward pass, and it is less exact.
 """
 
 from __future__ import annotations
