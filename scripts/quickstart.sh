@@ -168,16 +168,20 @@ reinforce() {
 
 result_accuracy() { echo "${OUT}/accuracy/rl_stage2.json"; }
 stage_accuracy() {
-  local name
-  for name in cpt_fp8 sft_stage1 sft_scratch2 sft_stage2 rl_stage1 rl_stage2; do
-    to_hf "${name}"
-    measure "${name}" "${OUT}/${name}_hf"
-    [[ ${name} != sft_stage2 ]] || measure sft_stage2_fp8 "${OUT}/sft_stage2_fp8"
+  local name checkpoints=() outputs=()
+  for name in cpt_fp8 sft_stage1 sft_scratch2 sft_stage2 sft_stage2_fp8 rl_stage1 rl_stage2; do
+    [[ ! -e ${OUT}/accuracy/${name}.json ]] || continue
+    if [[ ${name} == sft_stage2_fp8 ]]; then
+      checkpoints+=("${OUT}/${name}")
+    else
+      to_hf "${name}"
+      checkpoints+=("${OUT}/${name}_hf")
+    fi
+    outputs+=("${OUT}/accuracy/${name}.json")
   done
-}
-measure() {
-  [[ -e ${OUT}/accuracy/$1.json ]] || run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/accuracy.py" \
-    --checkpoint "$2" --data "${OUT}/arithmetic/held_out.jsonl" --output "${OUT}/accuracy/$1.json"
+  ((${#outputs[@]})) || return 0
+  run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/accuracy.py" \
+    --checkpoint "${checkpoints[@]}" --data "${OUT}/arithmetic/held_out.jsonl" --output "${outputs[@]}"
 }
 
 result_evaluation() { echo "${OUT}/evaluation/summary.json"; }

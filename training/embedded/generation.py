@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, Qwen2ForCausalLM
 
 SHRINK = 0.75  # finished sequences leave the batch when the share of running ones falls below
 
@@ -44,7 +44,7 @@ def seed_of(*parts: object) -> int:
 
 @torch.inference_mode()
 def generate(
-    model: Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
+    model: transformers.Qwen2ForCausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
 ) -> list[Response]:
     """Responses to tokenised prompts, all at once. The result is a function of the arguments."""
     device = model.device
@@ -55,7 +55,7 @@ def generate(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     position = mask.cumsum(1) - 1
     position.clamp_(min=0)
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     responses = [Response([], [], truncated=True) for _ in prompts]
     running = list(range(len(prompts)))
     stop = torch.tensor(sampling.stop, dtype=torch.int64, device=device)

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # its parts are imported where they are first used: SFT needs no model here
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from tools.checkpoint.block_fp8 import BlockFP8
 from tools.data import chat
 from tools.data.check import Rules
 from tools.data.rows import Source
-from training.embedded import attention, fp8_linear, generation, grpo, rewards, train_arguments
+from training.embedded import fp8_linear, generation, grpo, rewards, train_arguments
 from training.embedded.batch import Batch
 from training.embedded.errors import TrainingError
 from training.embedded.prompts import PromptSource, Row
@@ -46,14 +46,16 @@ class Group:
 class Engine:
     """Generates with the model that --hf-checkpoint describes and the weights of the last `load`."""
 
-    def __init__(self, hf_checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, hf_checkpoint: str, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        from training.embedded import attention  # takes seconds to import
+
         self.path = hf_checkpoint
-        self.config = _read_config(Qwen2Config, hf_checkpoint, "config.json")
+        self.config = _read_config(transformers.Qwen2Config, hf_checkpoint, "config.json")
         self.fp8 = is_fp8(self.config, hf_checkpoint)
         if self.fp8:
             del self.config.quantization_config  # or transformers would quantise by its own rules
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = Qwen2ForCausalLM(self.config)
+        self.model = transformers.Qwen2ForCausalLM(self.config)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.bfloat16()
         self.model.to(device).eval().requires_grad_(False)
@@ -87,7 +89,9 @@ def _fits(name: str, found: torch.Size, wanted: torch.Size) -> bool:
     return found[1:] == wanted[1:] and (found[0] == wanted[0] or (vocabulary and found[0] > wanted[0]))
 
 
-def _read_config(kind: type[Qwen2Config] | type[GenerationConfig], path: str, file: str) -> Any:
+def _read_config(
+    kind: type[transformers.Qwen2Config] | type[transformers.GenerationConfig], path: str, file: str
+) -> Any:
     try:
         return kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -96,7 +100,7 @@ def _read_config(kind: type[Qwen2Config] | type[GenerationConfig], path: str, fi
         ) from error
 
 
-def is_fp8(config: Qwen2Config, path: str) -> bool:
+def is_fp8(config: transformers.Qwen2Config, path: str) -> bool:
     """Whether a checkpoint is block FP8. Raises TrainingError for another quantisation, as slime's weight sync would
     fail on it (slime/backends/megatron_utils/megatron_to_hf/__init__.py:41).
     """
@@ -115,11 +119,13 @@ def is_fp8(config: Qwen2Config, path: str) -> bool:
     return True
 
 
-def stop_tokens(path: str, config: Qwen2Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_tokens(
+    path: str, config: transformers.Qwen2Config, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     """What ends a response: the eos tokens of generation_config.json, config.json and tokenizer, as SGLang has them."""
     ids: set[int] = set()
     if (Path(path) / "generation_config.json").is_file():
-        ids |= _ids(_read_config(GenerationConfig, path, "generation_config.json").eos_token_id)
+        ids |= _ids(_read_config(transformers.GenerationConfig, path, "generation_config.json").eos_token_id)
     return tuple(sorted(ids | _ids(config.eos_token_id) | _ids(tokenizer.eos_token_id)))
 
 

@@ -28,7 +28,6 @@ import torch  # noqa: E402
 from tools.checkpoint.errors import CheckpointError  # noqa: E402
 from training.embedded import arguments, train_arguments  # noqa: E402
 from training.embedded.errors import TrainingError  # noqa: E402
-from training.embedded.learner import Learner  # noqa: E402
 from training.embedded.reporting import Recorder  # noqa: E402
 from training.embedded.rollout import RolloutManager  # noqa: E402
 
@@ -70,7 +69,10 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.rollouts = start_rollouts(args)
-        self.per_epoch = train_arguments.set_length(args, ray.get(self.rollouts.start.remote()))
+        per_epoch = self.rollouts.start.remote()
+        from training.embedded.learner import Learner  # takes seconds to import: those in which the actor starts
+
+        self.per_epoch = train_arguments.set_length(args, ray.get(per_epoch))
         if args.start_rollout_id:
             ray.get(self.rollouts.load.remote(args.load, args.start_rollout_id - 1))
         self.learner = Learner(args)

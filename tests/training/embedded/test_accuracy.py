@@ -187,6 +187,18 @@ def test_few_at_a_time_change_nothing_of_greedy_decoding(checkpoints, tmp_path, 
     assert found[0]["greedy"] == found[1]["greedy"]
 
 
+def test_several_checkpoints_one_after_another(checkpoints, tmp_path, monkeypatch, capsys):
+    """Each as if it were alone; those before one that is refused are written."""
+    bf16, fp8, data = (checkpoints[name] for name in ("bf16", "fp8", "data"))
+    alone = [measured(monkeypatch, capsys, tmp_path / "o.json", checkpoint, data) for checkpoint in (fp8, bf16)]
+    outputs = [tmp_path / f"{name}.json" for name in ("first", "second", "third")]
+    common = ("--data", data, "--rm-type", "math", "--max-new-tokens", 12, "--output", *outputs)
+    argv = ("accuracy.py", "--checkpoint", fp8, bf16, tmp_path / "none", *common)
+    monkeypatch.setattr(sys, "argv", tiny.words(*argv))
+    assert accuracy.main() == 1 and "none: expected the directory" in capsys.readouterr().err
+    assert [json.loads(path.read_text()) for path in outputs[:2]] == alone and not outputs[2].exists()
+
+
 def test_the_weights_of_a_checkpoint(checkpoints):
     bf16, fp8 = (accuracy.read_weights(checkpoints[precision]) for precision in ("bf16", "fp8"))
     assert bf16.keys() == fp8.keys()
@@ -237,6 +249,7 @@ def test_one_line_for_what_is_wrong(checkpoints, tmp_path, monkeypatch, capsys):
         (["--samples", "0"], "argument --samples: expected a positive integer, found '0'"),
         (["--batch", "-1"], "argument --batch: expected a positive integer, found '-1'"),
         (["--max-new-tokens", "x"], "argument --max-new-tokens: expected a positive integer, found 'x'"),
+        (["--output", "a", "b"], "--output: expected 1, one for each checkpoint, found 2"),
         (["--rm-type", "f1"], "--rm-type: expected one of deepscaler, math, dapo, or boxed_ and one of them"),
     ],
 )

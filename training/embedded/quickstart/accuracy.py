@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exact-match accuracy of a Hugging Face checkpoint, BF16 or block FP8, on held-out prompts: greedy and sampled.
+"""Exact-match accuracy of Hugging Face checkpoints, BF16 or block FP8, on held-out prompts: greedy and sampled.
 
     python training/embedded/quickstart/accuracy.py --checkpoint exp/quickstart/sft2_hf --data held_out.jsonl \\
         --output exp/quickstart/accuracy/sft2.json
@@ -71,12 +71,13 @@ def of_means(means: list[float]) -> tuple[float, float]:
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def measure(checkpoint: Path, data: Path, options: argparse.Namespace) -> dict:
-    """The content of the output file."""
+def measure(checkpoint: Path, output: Path, options: argparse.Namespace) -> dict:
+    """The content of the output file of a checkpoint."""
     tokenizer = chat.load_tokenizer(str(checkpoint))
     engine = rollout.Engine(str(checkpoint), tokenizer)
     engine.load(read_weights(checkpoint))
-    rows = rollout.read(str(data), Rules("rl", "prompt", "label", apply_chat_template=True, rm_type=options.rm_type))
+    rules = Rules("rl", "prompt", "label", apply_chat_template=True, rm_type=options.rm_type)
+    rows = rollout.read(str(options.data), rules)
     prompts = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows], True)
 
     def judge(temperature: float, samples: int) -> tuple[list[float], float]:
@@ -84,7 +85,7 @@ def measure(checkpoint: Path, data: Path, options: argparse.Namespace) -> dict:
         together = max(1, options.batch // samples)
         means, lengths = [], []
         for start in range(0, len(rows), together):
-            print(f"{options.output.stem}: temperature {temperature:g}, {start} of {len(rows)} questions", flush=True)
+            print(f"{output.stem}: temperature {temperature:g}, {start} of {len(rows)} questions", flush=True)
             part = [prompt for prompt in prompts[start : start + together] for _ in range(samples)]
             seed = generation.seed_of(options.seed, temperature, start)
             drawn = generation.generate(engine.model, part, sampling, seed)
@@ -117,12 +118,31 @@ def measure(checkpoint: Path, data: Path, options: argparse.Namespace) -> dict:
     }
 
 
+def write(result: dict, output: Path) -> None:
+    """The file, whole, and what it says."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(partial, output)
+    for kind in ("greedy", "sampled"):
+        low, high = result[kind]["interval"]
+        print(
+            f"{output.stem}: {kind} accuracy {result[kind]['accuracy']:.1%} ({low:.1%} to {high:.1%}), "
+            f"{result[kind]['tokens']:.1f} tokens",
+            flush=True,
+        )
+
+
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True, metavar="DIR", help="Hugging Face directories"
+    )
     parser.add_argument("--data", type=Path, required=True, help=".jsonl with prompt (messages) and label")
-    parser.add_argument("--output", type=Path, required=True, help="the .json file to write")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", required=True, metavar="FILE", help="the .json file to write for each"
+    )
     parser.add_argument("--rm-type", default="deepscaler", help="the rule (default: %(default)s)")
     parser.add_argument("--samples", type=cli.positive, default=8, help="per question (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: %(default)s)")
@@ -130,25 +150,20 @@ def main() -> int:
     parser.add_argument("--batch", type=cli.positive, default=256, help="responses at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
     options = parser.parse_args()
+    if len(options.output) != len(options.checkpoint):
+        found = len(options.output)
+        parser.error(f"--output: expected {len(options.checkpoint)}, one for each checkpoint, found {found}")
     try:
         rewards.reward(options.rm_type, "", "")
     except ValueError as error:
         parser.error(str(error))
-    try:
-        result = measure(options.checkpoint, options.data, options)
-    except (TrainingError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, options.output)
-    for kind in ("greedy", "sampled"):
-        low, high = result[kind]["interval"]
-        print(
-            f"{options.output.stem}: {kind} accuracy {result[kind]['accuracy']:.1%} ({low:.1%} to {high:.1%}), "
-            f"{result[kind]['tokens']:.1f} tokens"
-        )
+    for checkpoint, output in zip(options.checkpoint, options.output, strict=True):
+        try:
+            result = measure(checkpoint, output, options)
+        except (TrainingError, CheckpointError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        write(result, output)
     return 0
 
 
