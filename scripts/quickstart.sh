@@ -29,14 +29,14 @@ declare -rA ABOUT=(
   [data]='text and sums as tokens; 15 s'
   [cpt_fp8]='pre-training with FP8 linear layers; 3 to 6 min'
   [cpt_bf16]='the same in BF16, to compare with; 3 to 4 min'
-  [sft_stage1]='fine-tuning on worked sums; 1 to 2 min'
+  [sft_stage1]='fine-tuning on worked sums; 1 min'
   [sft_stage2]='fine-tuning on harder sums, half of the answers wrong on purpose; 1 min'
-  [sft_scratch]='both again from random weights: what pre-training is worth; 2 to 3 min'
+  [sft_scratch]='both again from random weights: what pre-training is worth; 1 to 2 min'
   [rollout_model]='the model cast to 128x128 FP8 blocks, for rollouts; seconds'
-  [rl_stage1]='reinforcement learning with FP8 rollouts; 2 to 3 min'
-  [rl_stage2]='the same with longer answers at a higher temperature; 2 to 4 min'
-  [accuracy]='the model after each stage, on held-out sums; 3 min'
-  [evaluation]='the last model behind a server, in BF16 and in FP8, by evalscope; 2 to 3 min'
+  [rl_stage1]='reinforcement learning with FP8 rollouts; 1 to 2 min'
+  [rl_stage2]='the same with longer answers at a higher temperature; 2 to 3 min'
+  [accuracy]='the model after each stage, on held-out sums; 1 to 2 min'
+  [evaluation]='the last model behind a server, in BF16 and in FP8, by evalscope; 1 to 2 min'
   [report]='curves, tables and what to do next, on one page; seconds'
 )
 
@@ -188,17 +188,45 @@ result_evaluation() { echo "${OUT}/evaluation/summary.json"; }
 stage_evaluation() {
   to_hf rl_stage2
   to_fp8 rl_stage2
+  trap 'kill -TERM "${EVALUATIONS[@]}" 2>/dev/null' HUP INT TERM
   evaluate BF16 rl_stage2_hf
   evaluate FP8 rl_stage2_fp8
+  await_evaluations
   run "${PYTHON_VENV}" "${REPO}/eval/summarize.py" "${OUT}/evaluation/FP8" --against "${OUT}/evaluation/BF16" \
     --output "${OUT}/evaluation"
 }
-# The held-out questions in the format of AIME, by evalscope and a server, as eval/*_eval.sh measure the big models.
+# evaluate NAME MODEL: starts it; two at a time keep two cores busy. The held-out questions in the format of AIME, by
+# evalscope and a server, as eval/*_eval.sh measure the big models.
+EVALUATIONS=()
 evaluate() {
-  run env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic \
-    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}" \
-    TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4 \
+  local command=(
+    env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic
+    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}"
+    TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4
     bash "${REPO}/eval/aime24_eval.sh"
+  )
+  if [[ ${DRY_RUN} == 1 ]]; then
+    run "${command[@]}"
+    return
+  fi
+  set -m  # a group of its own, or it would ignore Ctrl-C, which stage_evaluation passes on
+  "${command[@]}" </dev/null &
+  EVALUATIONS+=("$!")
+  set +m
+}
+# await_evaluations: until all have ended; the status is that of one that failed.
+await_evaluations() {
+  local pid code status=0
+  for pid in ${EVALUATIONS[@]+"${EVALUATIONS[@]}"}; do
+    while :; do
+      code=0
+      wait "${pid}" || code=$?
+      kill -0 "${pid}" 2>/dev/null || break  # or a signal ended only the waiting
+    done
+    ((code == 0)) || status=${code}
+  done
+  trap - HUP INT TERM
+  return "${status}"
 }
 
 result_report() { echo "${OUT}/report.html"; }  # written last, after report.md and its figures

@@ -144,9 +144,9 @@ def main() -> int:
         "--output", type=Path, nargs="+", required=True, metavar="FILE", help="the .json file to write for each"
     )
     parser.add_argument("--rm-type", default="deepscaler", help="the rule (default: %(default)s)")
-    parser.add_argument("--samples", type=cli.positive, default=8, help="per question (default: %(default)s)")
+    parser.add_argument("--samples", type=cli.positive, default=4, help="per question (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=cli.positive, default=96, help="of a response (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=cli.positive, default=64, help="of a response (default: %(default)s)")
     parser.add_argument("--batch", type=cli.positive, default=256, help="responses at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
     options = parser.parse_args()

@@ -167,8 +167,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to make")
     parser.add_argument("--seed", type=int, default=1, help="of all rows (default: %(default)s)")
-    sizes = {"pretrain": 15000, "stage1": 1600, "stage2": 800, "rl": 3200, "validation": 64}
-    sizes |= {"held-out": 200, "benchmark": 50}
+    sizes = {"pretrain": 15000, "stage1": 800, "stage2": 800, "rl": 3200, "validation": 64}
+    sizes |= {"held-out": 200, "benchmark": 32}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="rows (default: %(default)s)")
     parser.add_argument(
