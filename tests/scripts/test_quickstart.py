@@ -234,6 +234,27 @@ def test_interrupted_it_says_so_and_counts_the_time(reference, tmp_path):
     assert stage == "cpt_fp8" and int(seconds) > 0 and command.endswith("'--train-iters' '100000'")
 
 
+def test_interrupted_in_the_evaluation_both_of_its_runs_stop(reference, tmp_path):
+    whole, _ = reference
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("tokenizer", "arithmetic", "rl_stage2"):
+        shutil.copytree(whole / name, out / name)
+    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OUT_DIR": str(out), **SHORT_ENV}
+    words = ["bash", str(QUICKSTART), "--only", "evaluation"]
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    log = out / "quickstart.log"
+    while not log.exists() or log.read_text().count("starting the server") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and said.decode().startswith("stopped in stage evaluation: ")
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(out) not in left
+    assert not list(out.glob("evaluation/*/summary.json"))
+
+
 def test_a_stage_that_fails(tmp_path):
     out = tmp_path / "it's out"
     result = quickstart(out, "--only", "data")
