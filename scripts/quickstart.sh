@@ -66,6 +66,7 @@ environment:
   OUT_DIR         where everything goes (default exp/quickstart)
   SEED            of data, weights and rollouts (default 1236)
   SFT_FLAGS, RL_FLAGS, ARITHMETIC_FLAGS  further flags for these recipes and for the data, separated by spaces
+  OMP_NUM_THREADS threads of a process (all cores unless set; in the evaluation, two at a time, 1)
   PROGRESS_SECONDS  between two lines of progress where there is no terminal (default 15)
   PYTHON          the Python that .venv is made with (default python3; 3.10 to 3.12)
   TORCH_INDEX_URL package index of the torch build, e.g. https://download.pytorch.org/whl/cpu
