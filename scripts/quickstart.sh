@@ -26,14 +26,14 @@ declare -rA ABOUT=(
   [corpus]='real text, the docstrings of installed packages; seconds'
   [arithmetic]='sums with worked steps for SFT, RL and evaluation; seconds'
   [tokenizer]='a tokenizer for this text; seconds'
-  [data]='text and sums as tokens; 15 s'
+  [data]='text and sums as tokens; half a minute'
   [cpt_fp8]='pre-training with FP8 linear layers; 3 to 6 min'
   [cpt_bf16]='the same in BF16, to compare with; 3 to 4 min'
   [sft_stage1]='fine-tuning on worked sums; 1 min'
   [sft_stage2]='fine-tuning on harder sums, half of the answers wrong on purpose; 1 min'
   [sft_scratch]='both again from random weights: what pre-training is worth; 1 to 2 min'
   [rollout_model]='the model cast to 128x128 FP8 blocks, for rollouts; seconds'
-  [rl_stage1]='reinforcement learning with FP8 rollouts; 1 to 2 min'
+  [rl_stage1]='reinforcement learning with FP8 rollouts; 2 min'
   [rl_stage2]='the same with longer answers at a higher temperature; 2 to 3 min'
   [accuracy]='the model after each stage, on held-out sums; 1 to 2 min'
   [evaluation]='the last model behind a server, in BF16 and in FP8, by evalscope; 1 to 2 min'
@@ -359,7 +359,7 @@ main() {
     hold_lock "${OUT}/.lock" ${arguments[@]+"${arguments[@]}"}
     LOG="${OUT}/quickstart.log" STAGE=''
     export PYTHONUNBUFFERED=1  # or the log would lag behind
-    # glibc would give a step's memory back to the kernel, and take it again page by page at the next: 5 % of the time.
+    # glibc would give a step's memory back to the kernel, and take it again page by page at the next.
     export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
     trap leave EXIT
   fi
