@@ -26,8 +26,10 @@ Both are correctly rounded, and yet differ in the last bit of every fourth scale
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -44,6 +46,9 @@ SCALES_ENV = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 SLIME_EPSILON = 1e-10
 
 Formula = Literal["te", "slime"]
+
+# numba's loop has one thread, and does the work of about five of torch's; always where torch would only start up.
+ONE_LOOP, SMALL = 4, 1 << 16
 
 _EXPONENT = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-6
@@ -100,11 +105,34 @@ def quantize(x: Tensor, block: tuple[int, int], *, pow2: bool, formula: Formula 
 
 
 def round_to_blocks(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor:
-    """What a GEMM sees of `x`: quantize(x, block, pow2=pow2).dequantize(), bit for bit, several times faster.
+    """What a GEMM sees of `x`: quantize(x, block, pow2=pow2).dequantize(), bit for bit, many times faster.
 
     The FP8 bytes are never built: rounding happens in float32 (see _ROUNDER), which is what makes emulated training
     affordable on a CPU. x: (rows, columns). Returns float32.
     """
+    fused = None if x.is_cuda or torch.get_num_threads() > ONE_LOOP and x.numel() > SMALL else _fused()
+    if fused is not None:
+        raw = x.detach().contiguous() if x.dtype == torch.bfloat16 else x.detach().float().contiguous()
+        rounded = torch.empty(x.shape, dtype=torch.float32)
+        signed = torch.int16 if raw.dtype == torch.bfloat16 else torch.int32  # torch's unsigned types have no views
+        bits = raw.view(signed).numpy().view(f"u{raw.itemsize}")
+        rule = fused.TE_POW2 if pow2 else fused.TE_FP32
+        if fused.round_to_blocks(bits, rounded.numpy(), block, rule, torch.finfo(x.dtype).max):
+            return rounded
+    return _round_with_torch(x, block, pow2=pow2)
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """numba's loops, where it is installed and finds a directory for its cache."""
+    try:
+        from tools.checkpoint import block_fp8_numba
+    except (ImportError, RuntimeError):
+        return None
+    return block_fp8_numba
+
+
+def _round_with_torch(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor:
     tiles = _tiles(x.float(), block)
     amax = _amax(tiles)
     scale = _scale(amax, pow2=pow2, overflow=torch.finfo(x.dtype).max)

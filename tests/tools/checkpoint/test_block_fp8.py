@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tools.checkpoint import block_fp8
 from tools.checkpoint.block_fp8 import (
     COLUMN_BLOCK,
     ROW_BLOCK,
@@ -86,16 +87,39 @@ def test_codes_and_scales_equal_the_reference(block, pow2, pair):
     assert same(as_floats, codes.view(ml_dtypes.float8_e4m3fn))
 
 
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
 @pytest.mark.parametrize("block", [WEIGHT_BLOCK, ROW_BLOCK, COLUMN_BLOCK])
 @pytest.mark.parametrize("pow2", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(pair=matrices())
-def test_fast_rounding_equals_the_codes(block, pow2, pair):
+@given(pair=matrices(), columns_first=st.booleans())
+def test_fast_rounding_equals_the_codes(kernel, block, pow2, pair, columns_first):
     x, _ = pair
-    assert same(
-        round_to_blocks(x, block, pow2=pow2).numpy(),
-        quantize(x, block, pow2=pow2).dequantize().numpy(),
-    )
+    x = x.t().contiguous().t() if columns_first else x
+    if kernel == "numba":
+        assert block_fp8._fused() is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_fp8, "_fused", block_fp8._fused if kernel == "numba" else lambda: None)
+        rounded = round_to_blocks(x, block, pow2=pow2)
+    assert same(rounded.numpy(), quantize(x, block, pow2=pow2).dequantize().numpy())
+
+
+def test_numba_rounds_unless_torch_has_many_threads_for_it(monkeypatch):
+    """And never what is not finite."""
+    torch_rounds = []
+    rounding = block_fp8._round_with_torch
+
+    def recorded(x, block, *, pow2):
+        torch_rounds.append(x.shape)
+        return rounding(x, block, pow2=pow2)
+
+    monkeypatch.setattr(block_fp8, "_round_with_torch", recorded)
+    for threads, size, bad, expected in [(2, 300, 0, 0), (16, 300, 0, 1), (16, 200, 0, 0), (2, 300, 1, 1)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        x = torch.ones(size, 300)
+        x[0, 0] = torch.inf if bad else 1.0
+        torch_rounds.clear()
+        round_to_blocks(x, WEIGHT_BLOCK, pow2=True)
+        assert len(torch_rounds) == expected, (threads, size, bad)
 
 
 @given(amax=st.floats(2.0**-100, 2.0**100, width=32))
