@@ -99,13 +99,14 @@ stage_tokenizer() {
     -- "${MODEL_ARGS[@]}" --attention-dropout 0.0
 }
 
-result_data() { echo "${OUT}/data/sums_text_document.idx"; }
+result_data() { echo "${OUT}/data"; }
 stage_data() {
   prepare "${OUT}/corpus.jsonl" text
   prepare "${OUT}/arithmetic/pretrain.jsonl" sums
+  await_all
 }
 prepare() {
-  run env ENGINE=embedded PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/CPT/prepare_data.sh" \
+  beside env ENGINE=embedded PYTHON="${PYTHON_VENV}" bash "${REPO}/scripts/CPT/prepare_data.sh" \
     --input "$1" --output-prefix "${OUT}/data/$2" --tokenizer "${OUT}/tokenizer"
 }
 
@@ -187,58 +188,56 @@ stage_accuracy() {
 
 result_evaluation() { echo "${OUT}/evaluation/summary.json"; }
 stage_evaluation() {
-  local signal
   to_hf rl_stage2
   to_fp8 rl_stage2
-  for signal in HUP INT TERM; do
-    # shellcheck disable=SC2064  # its name now, the processes when it comes
-    trap "kill -${signal} \"\${EVALUATIONS[@]}\" 2>/dev/null" "${signal}"
-  done
   evaluate BF16 rl_stage2_hf
   evaluate FP8 rl_stage2_fp8
-  await_evaluations
+  await_all
   run "${PYTHON_VENV}" "${REPO}/eval/summarize.py" "${OUT}/evaluation/FP8" --against "${OUT}/evaluation/BF16" \
     --output "${OUT}/evaluation"
 }
-# evaluate NAME MODEL: starts it; two at a time keep two cores busy. The held-out questions in the format of AIME, by
-# evalscope and a server, as eval/*_eval.sh measure the big models.
-EVALUATIONS=()
+# The held-out questions in the format of AIME, by evalscope and a server, as eval/*_eval.sh measure the big models. A
+# thread each: those of two servers would wait for each other.
 evaluate() {
-  local command=(
-    env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic
-    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}"
-    TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of two servers would wait for each other
-    bash "${REPO}/eval/aime24_eval.sh"
-  )
-  if [[ ${DRY_RUN} == 1 ]]; then
-    run "${command[@]}"
-    return
-  fi
-  set -m  # a group of its own, or it would ignore Ctrl-C, which stage_evaluation passes on
-  "${command[@]}" </dev/null &
-  EVALUATIONS+=("$!")
-  set +m
-}
-# await_evaluations: until all have ended; the status is that of one that failed.
-await_evaluations() {
-  local pid code status=0
-  for pid in ${EVALUATIONS[@]+"${EVALUATIONS[@]}"}; do
-    while :; do
-      code=0
-      wait "${pid}" || code=$?
-      kill -0 "${pid}" 2>/dev/null || break  # or a signal ended only the waiting
-    done
-    ((code == 0)) || status=${code}
-  done
-  trap - HUP INT TERM
-  return "${status}"
+  beside env MODEL_PATH="${OUT}/$2" SERVED_NAME="$1" OUT_DIR="${OUT}/evaluation/$1" LABEL=arithmetic \
+    DATASET_LOCAL="${OUT}/arithmetic/benchmark" SYSTEM_PROMPT= SERVER=transformers SERVER_URL= PYTHON="${PYTHON_VENV}" \
+    TEMPERATURE=1.0 TOP_P=1.0 GENERATED_NUM=4 MAX_NEW_TOKENS=96 PROMPT_TOKENS=64 EVAL_BATCH=4 \
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" bash "${REPO}/eval/aime24_eval.sh"
 }
 
 result_report() { echo "${OUT}/report.html"; }  # written last, after report.md and its figures
 stage_report() {
   run "${PYTHON_VENV}" "${REPO}/training/embedded/quickstart/report.py" \
     --quickstart "${OUT}" --output "${OUT}/report.html"
+}
+
+# beside COMMAND...: run, but started only: what mostly waits for imports goes on side by side. await_all waits for all
+# of them, and fails as one of them did.
+BESIDE=()
+beside() {
+  local signal
+  if [[ ${DRY_RUN} == 1 ]]; then
+    run "$@"
+    return
+  fi
+  if ((${#BESIDE[@]} == 0)); then
+    for signal in HUP INT TERM; do
+      # shellcheck disable=SC2064  # its name now, the processes when it comes
+      trap "INTERRUPTED=1; kill -${signal} \"\${BESIDE[@]/#/-}\" 2>/dev/null" "${signal}"
+    done
+  fi
+  start_apart "$@" </dev/null
+  BESIDE+=("${CHILD}")
+}
+await_all() {
+  local pid status=0
+  for pid in ${BESIDE[@]+"${BESIDE[@]}"}; do
+    await "${pid}"
+    ((CODE == 0)) || status=${CODE}
+  done
+  BESIDE=()
+  trap - HUP INT TERM
+  return "${status}"
 }
 
 # run COMMAND...: prints it under --dry-run.
@@ -317,6 +316,7 @@ finished() {
   case "$1" in
     cpt_* | sft_* | rl_*) return 1 ;;
     install) venv_ready requirements.txt ;;
+    data) [[ -e ${result}/text_text_document.idx && -e ${result}/sums_text_document.idx ]] ;;
     report)
       [[ -e ${result} ]] || return
       for tracker in "${OUT}"/*/checkpoints/latest_checkpointed_iteration.txt "${OUT}"/accuracy/*.json \
@@ -371,7 +371,6 @@ main() {
       rm -rf "$("result_${stage}")"
       [[ ! -e ${OUT}/stages.tsv ]] || sed -i "/^${stage}\t/d" "${OUT}/stages.tsv"
       case "${stage}" in
-        data) rm -rf "${OUT}/data" ;;
         sft_scratch) rm -rf "${OUT}/random" "${OUT}/sft_scratch1" ;;
         accuracy) rm -rf "${OUT}/accuracy" "${OUT}"/{cpt_fp8,sft_stage1,sft_scratch2,rl_stage1,rl_stage2}_hf ;;
         evaluation) rm -rf "${OUT}/evaluation" "${OUT}/rl_stage2_fp8" ;;

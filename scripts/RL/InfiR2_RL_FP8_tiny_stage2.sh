@@ -3,5 +3,5 @@
 set -euo pipefail
 
 PREVIOUS=InfiR2_RL_FP8_tiny_stage1
-: "${MAX_RESPONSE:=96}" "${TEMPERATURE:=1.1}" "${NUM_ROLLOUT:=16}"
+: "${MAX_RESPONSE:=96}" "${TEMPERATURE:=1.1}" "${NUM_ROLLOUT:=12}"
 source "$(dirname "${BASH_SOURCE[0]}")/InfiR2_RL_FP8_tiny_stage1.sh"

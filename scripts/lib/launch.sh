@@ -70,32 +70,43 @@ last_lines() {
   done
 }
 
+# start_apart COMMAND...: starts CHILD in a process group of its own. Ctrl-C reaches it through a trap, once, if at all.
+start_apart() {
+  set -m
+  "$@" &
+  CHILD=$!
+  set +m
+}
+
+# await PID: until it ends, through signals whose trap sets INTERRUPTED; CODE becomes its status.
+await() {
+  while INTERRUPTED=0 CODE=0; do
+    wait "$1" || CODE=$?
+    ((INTERRUPTED)) || break
+  done
+}
+
 # run_child LOG: runs COMMAND, shows and logs its output; sets STATUS, and STOPPED to 128 + signal if told to stop.
 # On a terminal the embedded engine draws a progress bar (PROGRESS_FD) in place of its log lines.
 run_child() {
   local tee_pid log_fd out_fd progress_fd progress=()
-  STOPPED=0 INTERRUPTED=0
+  STOPPED=0
   exec {log_fd}> >(exec tee -aip "$1")
   tee_pid=$!
   trap 'INTERRUPTED=1; stop_child SIGHUP 129' HUP
   trap 'INTERRUPTED=1; stop_child SIGINT 130' INT
   trap 'INTERRUPTED=1; stop_child SIGTERM 143' TERM
-  # A process group of its own: Ctrl-C reaches the trainer once, through the trap, as the signal that saves.
-  set -m
   if [[ $ENGINE == embedded && -t 2 ]]; then
     exec {out_fd}>>"$1" {progress_fd}>&2
     progress=(env "PROGRESS_FD=$progress_fd")
   else
     exec {out_fd}>&"$log_fd"
   fi
-  "${progress[@]}" "${COMMAND[@]}" >&"$out_fd" 2>&"$log_fd" {log_fd}>&- {out_fd}>&- &
-  CHILD=$!
-  set +m
+  # The signal that the trap sends is the one that saves.
+  start_apart "${progress[@]}" "${COMMAND[@]}" >&"$out_fd" 2>&"$log_fd" {log_fd}>&- {out_fd}>&-
   exec {log_fd}>&- {out_fd}>&-
-  while INTERRUPTED=0 STATUS=0; do
-    wait "$CHILD" || STATUS=$?
-    ((INTERRUPTED)) || break
-  done
+  await "$CHILD"
+  STATUS=$CODE
   last_lines "$tee_pid"
 }
 

@@ -112,14 +112,8 @@ while not client.stop_job(words[0]) and client.get_job_status(words[0]).value in
 # apart COMMAND...: runs it in a process group of its own, as neither Ctrl-C nor a signal to the launcher's group may
 # cut it off, and waits, which a signal only interrupts; CODE becomes its status.
 apart() {
-  set -m
-  "$@" &
-  CHILD=$!
-  set +m
-  while INTERRUPTED=0 CODE=0; do
-    wait "$CHILD" || CODE=$?
-    ((INTERRUPTED)) || break
-  done
+  start_apart "$@"
+  await "$CHILD"
 }
 
 # submit_job ADDRESS ID: runs COMMAND, `ray job submit --no-wait --submission-id ID ...`. A signal that comes now is
@@ -144,9 +138,11 @@ follow_job() {
   touch "$seen"
   for other in "$3".following.*; do [[ $other == "$seen" ]] || rm -f "$other"; done
   while :; do
-    apart stream_job "$1" "$2" "$3" "$seen"
+    apart stream_job "$1" "$2" "$3" "$seen" "$seen.state"
     state='' JOB_MESSAGE=''
-    read -r state JOB_MESSAGE < <(job_state "$1" "$2") || true
+    [[ -s $seen.state ]] || job_state "$1" "$2" >"$seen.state" || true
+    read -r state JOB_MESSAGE <"$seen.state" || true
+    rm -f "$seen.state"
     case $state in
       SUCCEEDED | FAILED | STOPPED) if ((CODE && !again)); then again=1; else break; fi ;;  # once more for the rest
       PENDING | RUNNING) lost=$((CODE ? lost + 1 : 0)) ;;
@@ -167,19 +163,24 @@ follow_job() {
   ((!CODE)) || warn "Ray could not show all of the job's output; on its head: session_latest/logs/job-driver-$2.log"
 }
 
-# job_state ADDRESS ID: its status and Ray's message, without the output that Ray quotes.
-job_state() {
-  job_api "$1" 30 '
-info = client.get_job_info(words[0])
-print(info.status.value, *(info.message or "").split(", last available logs")[0].split())' "$2" 2>/dev/null
-}
+# Of a job: its status and Ray's message, without the output that Ray quotes.
+readonly JOB_STATE='
+def state(job):
+    info = client.get_job_info(job)
+    return " ".join((info.status.value, *(info.message or "").split(", last available logs")[0].split()))
 
-# stream_job ADDRESS ID LOG SEEN: the job's output from where SEEN ends, which grows like LOG. Status 0 if the stream
-# ended by itself and had something to say. Three things are watched: a head that is killed may leave the connection
-# open, a job whose supervisor died may stay PENDING (Ray itself gives up after 900 s), and the launcher may be gone.
+'
+
+# job_state ADDRESS ID
+job_state() { job_api "$1" 30 "$JOB_STATE"'print(state(words[0]))' "$2" 2>/dev/null; }
+
+# stream_job ADDRESS ID LOG SEEN STATE: the job's output from where SEEN ends, which grows like LOG. Status 0 if the
+# stream ended by itself and had something to say; STATE then says what job_state does, if Ray still answers. Three
+# things are watched: a head that is killed may leave the connection open, a job whose supervisor died may stay PENDING
+# (Ray itself gives up after 900 s), and the launcher may be gone.
 stream_job() {
-  job_api "$1" 0 '
-job, skip, launcher, got = words[0], int(words[1]), words[2], 0
+  job_api "$1" 0 "$JOB_STATE"'
+job, skip, launcher, file, got = words[0], int(words[1]), words[2], words[3], 0
 
 async def copy():
     global got
@@ -201,7 +202,15 @@ async def watch():
 async def main():
     copying, watching = asyncio.ensure_future(copy()), asyncio.ensure_future(watch())
     await asyncio.wait({copying, watching}, return_when=asyncio.FIRST_COMPLETED)
-    os._exit(not (got and copying.done() and not copying.exception()))
+    ended = copying.done() and not copying.exception()
+    if ended:
+        try:
+            said = await asyncio.wait_for(asyncio.to_thread(state, job), 30)
+            with open(file, "w") as output:
+                print(said, file=output)
+        except Exception:
+            pass
+    os._exit(not (got and ended))
 
-asyncio.run(main())' "$2" "$(stat -c %s "$4")" "$$" 2>/dev/null | tee -aip "$4" "$3"
+asyncio.run(main())' "$2" "$(stat -c %s "$4")" "$$" "$5" 2>/dev/null | tee -aip "$4" "$3"
 }
