@@ -259,8 +259,12 @@ def test_a_stage_that_fails(tmp_path):
     out = tmp_path / "it's out"
     result = quickstart(out, "--only", "data")
     assert result.returncode == 1 and result.stdout.splitlines() == [result.stdout.strip()]
-    cause, told = result.stderr.splitlines()
-    assert "corpus.jsonl" in cause and cause in (out / "quickstart.log").read_text()
+    *causes, told = result.stderr.splitlines()  # two conversions at a time, in any order
+    assert [Path(re.search(r"--input: (.+) not found", cause)[1]).name for cause in sorted(causes)] == [
+        "pretrain.jsonl",
+        "corpus.jsonl",
+    ]
+    assert all(cause in (out / "quickstart.log").read_text() for cause in causes)
     assert told == f"error: stage data failed with status 1; all that it printed: {out}/quickstart.log"
 
 
