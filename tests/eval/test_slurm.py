@@ -78,9 +78,9 @@ def test_a_job_fails(cluster, own, env, line):  # noqa: F811
     nothing_left(own)
 
 
-def running(cluster: slurm.Slurm, one: Evaluation, *flags: object) -> int:
-    """A job whose client has asked something, and which would take 20 s more."""
-    job = submit(cluster, one, *flags, FAKE_BEHAVIOUR="slow", EVAL_BATCH=1)
+def running(cluster: slurm.Slurm, one: Evaluation, *flags: object, **env: object) -> int:
+    """A job whose client has asked something, and which would take 20 s more, with GENERATED_NUM=8."""
+    job = submit(cluster, one, *flags, FAKE_BEHAVIOUR="slow", EVAL_BATCH=1, **env)
     seen = Path(one.env["FAKE_LOG"])
     wait_until(lambda: seen.exists() and len(seen.read_text().splitlines()) > 3, log(one))
     return job
@@ -95,8 +95,11 @@ def test_scancel(cluster, own):  # noqa: F811
 
 
 def test_the_time_limit(cluster, own):  # noqa: F811
-    """#SBATCH --signal=B:TERM@120 says so two minutes before; here 85 s before the end of two minutes."""
-    job = running(cluster, own, "--time=2", "--signal=B:TERM@85")
+    """#SBATCH --signal=B:TERM@120 says so two minutes before; here 40 s before the end of two minutes.
+
+    Slurm may signal up to 60 s earlier than that, which leaves 20 s to get going.
+    """
+    job = running(cluster, own, "--time=2", "--signal=B:TERM@40", GENERATED_NUM=40)
     found = cluster.end(job)
     assert (found["JobState"], found["ExitCode"]) in (("FAILED", "143:0"), ("TIMEOUT", "0:15")), log(own)
     assert "stopped by signal 15; run the same command again to continue" in log(own)
