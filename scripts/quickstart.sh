@@ -211,8 +211,8 @@ stage_report() {
     --quickstart "${OUT}" --output "${OUT}/report.html"
 }
 
-# beside COMMAND...: run, but started only: what mostly waits for imports goes on side by side. await_all waits for all
-# of them, and fails as one of them did.
+# beside COMMAND...: run, but started only: two that keep a core busy go on side by side. await_all waits for all of
+# them, and fails as one of them did.
 BESIDE=()
 beside() {
   local signal

@@ -47,8 +47,8 @@ SLIME_EPSILON = 1e-10
 
 Formula = Literal["te", "slime"]
 
-# numba's loop has one thread, and does the work of about five of torch's; always where torch would only start up.
-ONE_LOOP, SMALL = 4, 1 << 16
+# numba's loop has one thread: torch rounds where it has more than so many, unless a matrix is too small for them.
+FEW_THREADS, SMALL = 4, 1 << 16
 
 _EXPONENT = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-6
@@ -105,19 +105,14 @@ def quantize(x: Tensor, block: tuple[int, int], *, pow2: bool, formula: Formula 
 
 
 def round_to_blocks(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor:
-    """What a GEMM sees of `x`: quantize(x, block, pow2=pow2).dequantize(), bit for bit, many times faster.
+    """What a GEMM sees of `x`: quantize(x, block, pow2=pow2).dequantize(), bit for bit, several times faster.
 
     The FP8 bytes are never built: rounding happens in float32 (see _ROUNDER), which is what makes emulated training
     affordable on a CPU. x: (rows, columns). Returns float32.
     """
-    fused = None if x.is_cuda or torch.get_num_threads() > ONE_LOOP and x.numel() > SMALL else _fused()
-    if fused is not None:
-        raw = x.detach().contiguous() if x.dtype == torch.bfloat16 else x.detach().float().contiguous()
-        rounded = torch.empty(x.shape, dtype=torch.float32)
-        signed = torch.int16 if raw.dtype == torch.bfloat16 else torch.int32  # torch's unsigned types have no views
-        bits = raw.view(signed).numpy().view(f"u{raw.itemsize}")
-        rule = fused.TE_POW2 if pow2 else fused.TE_FP32
-        if fused.round_to_blocks(bits, rounded.numpy(), block, rule, torch.finfo(x.dtype).max):
+    if not x.is_cuda and (torch.get_num_threads() <= FEW_THREADS or x.numel() <= SMALL):
+        rounded = _round_with_numba(x, block, pow2=pow2)
+        if rounded is not None:
             return rounded
     return _round_with_torch(x, block, pow2=pow2)
 
@@ -130,6 +125,19 @@ def _fused() -> ModuleType | None:
     except (ImportError, RuntimeError):
         return None
     return block_fp8_numba
+
+
+def _round_with_numba(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor | None:
+    """None without numba, and for a matrix that is not finite."""
+    fused = _fused()
+    if fused is None:
+        return None
+    raw, signed = (x, torch.int16) if x.dtype == torch.bfloat16 else (x.float(), torch.int32)
+    bits = raw.detach().contiguous().view(signed).numpy().view(f"u{raw.itemsize}")  # numpy knows no bfloat16
+    rounded = torch.empty(x.shape, dtype=torch.float32)
+    rule = fused.TE_POW2 if pow2 else fused.TE_FP32
+    finite = fused.round_to_blocks(bits, rounded.numpy(), block, rule, torch.finfo(x.dtype).max)
+    return rounded if finite else None
 
 
 def _round_with_torch(x: Tensor, block: tuple[int, int], *, pow2: bool) -> Tensor:

@@ -1,5 +1,5 @@
-"""The block-FP8 cast and rounding of `block_fp8` as one fused loop each for the CPU: the same bits, at the speed of a
-bare type conversion.
+"""The block-FP8 cast and rounding of `block_fp8` as one fused loop each for the CPU: the same bits, the cast at the
+speed of a bare type conversion.
 
 Works on raw bit patterns, since numpy knows no bfloat16. Two facts make it short and fast:
 
